@@ -1,0 +1,220 @@
+"""A method is a value: a frozen dataclass that is checked when made, printed, compared, and written to YAML.
+
+Methods are named by their class, in lower case: ``decode.TokenRecycling`` is ``tokenrecycling``. The names of a family are
+read off its source without importing it; a class is imported when it is asked for.
+"""
+
+import ast
+import dataclasses
+import functools
+import importlib
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import yaml
+
+from locum.errors import UserError, unknown
+from locum.paper import FAMILIES, ROOT, find, module_paths
+
+__all__ = ["Names", "from_dict", "from_yaml", "names", "require", "to_dict", "to_yaml"]
+
+
+def require(method: object, field: str, ok: bool, allowed: str) -> None:
+    """Refuse a field that is out of range.
+
+    Write ``ok`` so that it is false for nan (``x > 0``, never ``not x <= 0``).
+
+    Raises:
+        UserError: "FadePO.fade must be in (0, 1], got 1.5".
+    """
+    if not ok:
+        raise UserError(f"{type(method).__name__}.{field} must be {allowed}, got {getattr(method, field)!r}")
+
+
+class Names(Mapping[str, type]):
+    """The methods of one family: name -> class. Iterating imports nothing; looking one up imports its module."""
+
+    def __init__(self, family: str, where: dict[str, tuple[str, str]]) -> None:
+        self.family = family
+        self._where = where  # name -> (module, class)
+
+    def __getitem__(self, name: str) -> type:
+        if name.lower() not in self._where:
+            raise unknown(f"method of {self.family}", name, self._where)
+        module, cls = self._where[name.lower()]
+        return getattr(importlib.import_module(module), cls)  # type: ignore[no-any-return]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and name.lower() in self._where
+
+
+@functools.cache
+def names(family: str, base: str | None = None) -> Names:
+    """The methods of a family, by name.
+
+    A method is the first name of a module's ``__all__`` when that is a frozen dataclass, and either the module is a
+    paper's or the class derives from one of the classes of the family's ``base.py``.
+
+    Args:
+        family: one of `FAMILIES`.
+        base: keep only classes that derive directly from this one, e.g. ``"Drafter"``.
+    """
+    if family not in FAMILIES:
+        raise unknown("family", family, FAMILIES)
+    base_file = ROOT / family / "base.py"
+    roots = _classes(ast.parse(base_file.read_text("utf-8"))) if base_file.exists() else {}
+    where: dict[str, tuple[str, str]] = {}
+    for path in module_paths(family):
+        tree = ast.parse(path.read_text("utf-8"))
+        exported = _exported(tree)
+        cls = _classes(tree).get(exported[0]) if exported else None
+        if path == base_file or cls is None or not _frozen(cls):
+            continue
+        parents = {_last_name(b) for b in cls.bases}
+        if (base in parents) if base else (parents & roots.keys() or find(path.stem, default=None)):
+            where[cls.name.lower()] = (f"locum.{family}.{path.stem}", cls.name)
+    return Names(family, where)
+
+
+def to_dict(method: object) -> dict[str, Any]:
+    """A method as plain data: ``{"method": "decode.tokenrecycling", <field>: <value>, ...}``, methods inside it likewise.
+
+    Raises:
+        UserError: for a field that has no plain form.
+    """
+    return {"method": _key(type(method)), **{f.name: _plain(getattr(method, f.name)) for f in _fields(type(method))}}
+
+
+def from_dict(data: Mapping[str, Any]) -> Any:
+    """The method that `to_dict` wrote. Fields left out take their defaults.
+
+    Raises:
+        UserError: for an unknown method or field, or a value out of range.
+    """
+    if "method" not in data:
+        raise UserError(
+            f"a method is written with a key 'method', got the keys {', '.join(map(repr, data)) or '(none)'}"
+        )
+    cls = _find_class(str(data["method"]))
+    hints = typing.get_type_hints(cls)
+    known = {f.name for f in _fields(cls)}
+    values = {}
+    for name, value in data.items():
+        if name == "method":
+            continue
+        if name not in known:
+            raise unknown(f"field of {cls.__name__}", name, known)
+        values[name] = _value(value, hints[name])
+    return cls(**values)
+
+
+def to_yaml(method: object) -> str:
+    """A method as YAML text; `from_yaml` reads it back."""
+    return yaml.safe_dump(to_dict(method), sort_keys=False)
+
+
+def from_yaml(text: str) -> Any:
+    """The method that a YAML text describes.
+
+    Raises:
+        UserError: when the text is not YAML or not a method.
+    """
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"this is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"a method in YAML is a mapping with a key 'method', got {type(data).__name__}")
+    return from_dict(data)
+
+
+def _fields(cls: type) -> list[dataclasses.Field[Any]]:
+    if not dataclasses.is_dataclass(cls):
+        raise UserError(f"{cls.__name__} is not a method: it is no dataclass")
+    return [f for f in dataclasses.fields(cls) if f.init]
+
+
+def _key(cls: type) -> str:
+    """``decode.plain`` for a method, the full dotted path for a plain dataclass of the package that is part of one."""
+    parts = cls.__module__.split(".")
+    if parts[0] == "locum" and len(parts) > 1 and parts[1] in FAMILIES and cls.__name__.lower() in names(parts[1]):
+        return f"{parts[1]}.{cls.__name__.lower()}"
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _find_class(key: str) -> type:
+    parts = key.split(".")
+    if len(parts) == 2 and parts[0] != "locum":
+        return names(parts[0])[parts[1]]
+    if parts[0] == "locum" and len(parts) > 2:
+        try:
+            cls = getattr(importlib.import_module(".".join(parts[:-1])), parts[-1])
+        except (ImportError, AttributeError):
+            cls = None
+        if isinstance(cls, type) and dataclasses.is_dataclass(cls):
+            return cls
+    raise UserError(f"unknown method {key!r}: write it as 'family.name', e.g. 'decode.tokenrecycling'")
+
+
+def _plain(value: object) -> Any:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, tuple | list):
+        return [_plain(v) for v in value]
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if dataclasses.is_dataclass(value):
+        return to_dict(value)
+    raise UserError(f"{type(value).__name__} has no plain form, so the method that holds it cannot be written")
+
+
+def _value(value: Any, hint: Any) -> Any:
+    if isinstance(value, Mapping) and "method" in value:
+        return from_dict(value)
+    if isinstance(value, list):
+        inner = next(iter(a for a in typing.get_args(hint) if a is not Ellipsis), Any)
+        items = [_value(v, inner) for v in value]
+        return tuple(items) if _wants_tuple(hint) else items
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    return value
+
+
+def _wants_tuple(hint: Any) -> bool:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return any(_wants_tuple(a) for a in typing.get_args(hint))
+    return hint is not list and typing.get_origin(hint) is not list
+
+
+def _classes(tree: ast.Module) -> dict[str, ast.ClassDef]:
+    return {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+
+
+def _exported(tree: ast.Module) -> list[str]:
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == "__all__" for t in node.targets):
+            return list(ast.literal_eval(node.value))
+    return []
+
+
+def _frozen(cls: ast.ClassDef) -> bool:
+    return any(
+        isinstance(d, ast.Call)
+        and _last_name(d.func) == "dataclass"
+        and any(k.arg == "frozen" and isinstance(k.value, ast.Constant) and k.value.value is True for k in d.keywords)
+        for d in cls.decorator_list
+    )
+
+
+def _last_name(node: ast.expr) -> str:
+    if isinstance(node, ast.Subscript):
+        return _last_name(node.value)
+    return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
