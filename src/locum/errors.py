@@ -5,6 +5,8 @@ from collections.abc import Iterable
 
 __all__ = ["MissingExtra", "UserError", "unknown"]
 
+_MANY = 20  # more names than this are not listed when one of them is near
+
 
 class UserError(ValueError):
     """What was asked for cannot be done as asked; the message says how to ask. The command line exits with code 2."""
@@ -30,5 +32,7 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
     """
     options = sorted(known)
     near = difflib.get_close_matches(name.lower(), options, n=1)
+    if near and len(options) > _MANY:
+        return UserError(f"unknown {kind} {name!r}: did you mean {near[0]!r}?")
     hint = f"did you mean {near[0]!r}? " if near else ""
     return UserError(f"unknown {kind} {name!r}: {hint}(known: {', '.join(options) or 'none'})")

@@ -1,7 +1,7 @@
 """A method is a value: a frozen dataclass that is checked when made, printed, compared, and written to YAML.
 
-Methods are named by their class, in lower case: ``decode.TokenRecycling`` is ``tokenrecycling``. The names of a family are
-read off its source without importing it; a class is imported when it is asked for.
+Methods are named by their class, in lower case: ``decode.TokenRecycling`` is ``tokenrecycling``. The names of a family
+are read off its source without importing it; a class is imported when it is asked for.
 """
 
 import ast
@@ -13,12 +13,13 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import docstring_parser
 import yaml
 
 from locum.errors import UserError, unknown
 from locum.paper import FAMILIES, ROOT, find, module_paths
 
-__all__ = ["Names", "from_dict", "from_yaml", "names", "require", "to_dict", "to_yaml"]
+__all__ = ["Names", "from_dict", "from_yaml", "names", "parameters", "require", "to_dict", "to_yaml"]
 
 
 def require(method: object, field: str, ok: bool, allowed: str) -> None:
@@ -44,7 +45,11 @@ class Names(Mapping[str, type]):
         if name.lower() not in self._where:
             raise unknown(f"method of {self.family}", name, self._where)
         module, cls = self._where[name.lower()]
-        return getattr(importlib.import_module(module), cls)  # type: ignore[no-any-return]
+        return getattr(importlib.import_module(module), cls)
+
+    def module(self, name: str) -> str:
+        """The module that holds a method, e.g. ``"locum.decode.spectr"``."""
+        return self._where[name.lower()][0]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._where)
@@ -60,32 +65,61 @@ class Names(Mapping[str, type]):
 def names(family: str, base: str | None = None) -> Names:
     """The methods of a family, by name.
 
-    A method is the first name of a module's ``__all__`` when that is a frozen dataclass, and either the module is a
-    paper's or the class derives from one of the classes of the family's ``base.py``.
+    A method is a public frozen dataclass that derives from a class of the family's ``base.py``, or the main class of a
+    paper's file: the first name of its ``__all__``.
 
     Args:
         family: one of `FAMILIES`.
-        base: keep only classes that derive directly from this one, e.g. ``"Drafter"``.
+        base: keep only classes that derive from this class of ``base.py``, e.g. ``"Drafter"``.
     """
     if family not in FAMILIES:
         raise unknown("family", family, FAMILIES)
     base_file = ROOT / family / "base.py"
-    roots = _classes(ast.parse(base_file.read_text("utf-8"))) if base_file.exists() else {}
+    roots = (
+        {base} if base else _classes(ast.parse(base_file.read_text("utf-8"))).keys() if base_file.exists() else set()
+    )
     where: dict[str, tuple[str, str]] = {}
     for path in module_paths(family):
         tree = ast.parse(path.read_text("utf-8"))
-        exported = _exported(tree)
-        cls = _classes(tree).get(exported[0]) if exported else None
-        if path == base_file or cls is None or not _frozen(cls):
-            continue
-        parents = {_last_name(b) for b in cls.bases}
-        if (base in parents) if base else (parents & roots.keys() or find(path.stem, default=None)):
-            where[cls.name.lower()] = (f"locum.{family}.{path.stem}", cls.name)
+        found = _classes(tree)
+        main = found.get(next(iter(_exported(tree)), "")) if find(path.stem, default=None) else None
+        for cls in found.values() if path != base_file else ():
+            is_main = cls is main and base is None
+            if _frozen(cls) and not cls.name.startswith("_") and (is_main or _ancestors(cls, found) & roots):
+                where[cls.name.lower()] = (f"locum.{family}.{path.stem}", cls.name)
     return Names(family, where)
 
 
+def parameters(cls: type) -> list[dict[str, Any]]:
+    """The parameters of a method, for people: ``{"name", "type", "default", "help"}`` each, as plain data."""
+    docs: dict[str, str] = {}
+    for kind in reversed(cls.__mro__):
+        docs |= {p.arg_name: p.description or "" for p in docstring_parser.parse(kind.__doc__ or "").params}
+    return [
+        {
+            "name": f.name,
+            "type": f.type if isinstance(f.type, str) else getattr(f.type, "__name__", str(f.type)),
+            "default": _shown(f),
+            "help": " ".join(docs.get(f.name, "").split()),
+        }
+        for f in _fields(cls)
+    ]
+
+
+def _shown(field: dataclasses.Field[Any]) -> Any:
+    """The default as plain data, as text where it has no plain form, None where there is none."""
+    factory = field.default_factory
+    value = field.default if factory is dataclasses.MISSING else factory()
+    if value is dataclasses.MISSING:
+        return None
+    try:
+        return _plain(value)
+    except UserError:
+        return str(value)
+
+
 def to_dict(method: object) -> dict[str, Any]:
-    """A method as plain data: ``{"method": "decode.tokenrecycling", <field>: <value>, ...}``, methods inside it likewise.
+    """A method as plain data: ``{"method": "decode.tokenrecycling", <field>: <value>, ...}``, and those inside it too.
 
     Raises:
         UserError: for a field that has no plain form.
@@ -100,9 +134,7 @@ def from_dict(data: Mapping[str, Any]) -> Any:
         UserError: for an unknown method or field, or a value out of range.
     """
     if "method" not in data:
-        raise UserError(
-            f"a method is written with a key 'method', got the keys {', '.join(map(repr, data)) or '(none)'}"
-        )
+        raise UserError(f"a method is written with a key 'method', got {', '.join(map(repr, data)) or 'no key'}")
     cls = _find_class(str(data["method"]))
     hints = typing.get_type_hints(cls)
     known = {f.name for f in _fields(cls)}
@@ -203,6 +235,12 @@ def _exported(tree: ast.Module) -> list[str]:
         if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == "__all__" for t in node.targets):
             return list(ast.literal_eval(node.value))
     return []
+
+
+def _ancestors(cls: ast.ClassDef, module: dict[str, ast.ClassDef]) -> set[str]:
+    """The names of a class's parents, followed as far as they lie in the same module."""
+    direct = {_last_name(b) for b in cls.bases}
+    return direct.union(*(_ancestors(module[d], module) for d in direct if d in module and d != cls.name))
 
 
 def _frozen(cls: ast.ClassDef) -> bool:

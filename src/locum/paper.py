@@ -13,6 +13,7 @@ and, at its end, ``Authors:``, ``Year:``, ``Venue:``, ``arXiv:``. An entry ends 
 import ast
 import dataclasses
 import functools
+import inspect
 import json
 import re
 import textwrap
@@ -107,7 +108,7 @@ def parse(docstring: str, slug: str, family: str) -> Paper | None:
     Raises:
         ValueError: when it has some of the entries but not all, or a year that is no number.
     """
-    lines = textwrap.dedent(docstring).strip().splitlines()
+    lines = inspect.cleandoc(docstring).splitlines()
     entries: dict[str, str] = {}
     free: list[str] = []
     current = ""

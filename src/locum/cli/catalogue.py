@@ -1,0 +1,145 @@
+"""``locum papers``, ``show`` and ``cite``."""
+
+import json as jsonlib
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from rich.padding import Padding
+from rich.text import Text
+from tyro.conf import Positional
+
+from locum.cli.command import Command, console, emit, table
+from locum.errors import UserError, unknown
+from locum.method import names, parameters
+from locum.paper import FAMILIES, Paper, catalogue, claims_folder, find
+
+__all__ = ["Cite", "Papers", "Show"]
+
+
+@dataclass(frozen=True)
+class Papers(Command):
+    """The catalogue: for every paper what is expensive, what stands in for it, how to check that, and what works here.
+
+    Args:
+        family: only the papers of one family.
+        json: print one JSON document.
+    """
+
+    name: ClassVar[str] = "papers"
+    family: str | None = None
+    json: bool = False
+
+    def run(self) -> int:
+        if self.family is not None and self.family not in FAMILIES:
+            raise unknown("family", self.family, FAMILIES)
+        papers = [p for p in catalogue() if self.family in (None, p.family)]
+        if self.json:
+            emit({"papers": [p.to_json() for p in papers]})
+            return 0
+        out = console()
+        for family, what in FAMILIES.items():
+            rows = [p for p in papers if p.family == family]
+            if not rows:
+                continue
+            grid = table("paper", "expensive", "stands in", "check", title=f"{family}: {what}")
+            grid.columns[0].no_wrap = True
+            grid.columns[0].width = 17
+            for p in rows:
+                head = Text.assemble(p.slug, "\n", (f"{p.year} {state(p)}", "dim"))
+                grid.add_row(head, Text(p.expensive), Text(p.stands_in), Text(p.check))
+                grid.add_row()
+            out.print(grid)
+        count = {s: sum(p.state == s for p in papers) for s in ("verified", "coded", "planned")}
+        out.print(
+            f"{len(papers)} papers: " + ", ".join(f"{n} {s}" for s, n in count.items()) + ". More: locum show SLUG"
+        )
+        return 0
+
+
+def state(paper: Paper) -> str:
+    """Where a paper stands, in a word: planned, coded, or its claim's verdict."""
+    return paper.claim.verdict if paper.claim else paper.state
+
+
+@dataclass(frozen=True)
+class Show(Command):
+    """One method: what it does, its parameters, its citation, its last verified claim, an example.
+
+    Args:
+        slug: the paper's name in the catalogue.
+        json: print one JSON document.
+    """
+
+    name: ClassVar[str] = "show"
+    slug: Positional[str]
+    json: bool = False
+
+    def run(self) -> int:
+        paper: Paper = find(self.slug)
+        fields = parameters(_main_class(paper)) if paper.state != "planned" else []
+        claim = _claim(paper)
+        if self.json:
+            more = {"authors": list(paper.authors), "venue": paper.venue, "text": paper.text, "example": paper.example}
+            emit(paper.to_json() | more | {"parameters": fields, "verified": claim, "bibtex": paper.bibtex()})
+            return 0
+        out = console()
+        out.print(f"[bold]{paper.title}[/bold]")
+        out.print(f"{', '.join(paper.authors)}. {paper.venue}. arXiv {paper.arxiv}", markup=False)
+        out.print(f"locum.{paper.family}, {paper.state}\n", markup=False)
+        for head, text in (("Expensive", paper.expensive), ("Stands in", paper.stands_in), ("Check", paper.check)):
+            out.print(Text.assemble((f"{head}: ", "bold"), text))
+        if paper.text:
+            out.print()
+            out.print(paper.text, markup=False)
+        if fields:
+            grid = table("parameter", "type", "default", "")
+            for f in fields:
+                default = "" if f["default"] is None else str(f["default"])
+                grid.add_row(*map(Text, (f["name"], f["type"], default, f["help"])))
+            out.print("\n[bold]Parameters[/bold]")
+            out.print(Padding(grid, (0, 0, 0, 2)))
+        if paper.example:
+            out.print("\n[bold]Example[/bold]")
+            out.print(Padding(Text(paper.example), (0, 0, 0, 2)))
+        if claim:
+            out.print(f"\n[bold]Claim[/bold] ({claim['verdict']}, {claim['date']})")
+            for head in ("claim", "criterion", "measured"):
+                out.print(f"  {head}: {claim[head]}", markup=False)
+        elif paper.state != "planned":
+            out.print(f"\nIts claim has no stored result: locum verify {paper.slug}")
+        out.print(f"\nCitation: locum cite {paper.slug}")
+        return 0
+
+
+def _main_class(paper: Paper) -> type:
+    here = names(paper.family)
+    for name in here:
+        if here.module(name) == f"locum.{paper.family}.{paper.slug}":
+            return here[name]
+    raise UserError(f"{paper.family}/{paper.slug}.py defines no method")
+
+
+def _claim(paper: Paper) -> dict[str, Any] | None:
+    if paper.claim is None:
+        return None
+    stored = jsonlib.loads((claims_folder() / "results" / f"{paper.slug}.json").read_text("utf-8"))
+    keys = ("verdict", "date", "claim", "criterion", "measured", "seeds", "seconds", "machine")
+    return {k: stored.get(k) for k in keys}
+
+
+@dataclass(frozen=True)
+class Cite(Command):
+    """The citations of papers as BibTeX.
+
+    Args:
+        slugs: the papers' names in the catalogue.
+    """
+
+    name: ClassVar[str] = "cite"
+    slugs: Positional[tuple[str, ...]]
+
+    def run(self) -> int:
+        if not self.slugs:
+            raise UserError("locum cite needs the name of at least one paper, e.g. locum cite spectr")
+        print("\n\n".join(find(s).bibtex() for s in dict.fromkeys(self.slugs)))
+        return 0

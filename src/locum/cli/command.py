@@ -1,0 +1,92 @@
+"""What the commands share: reading arguments into a dataclass, one JSON document, tables that fit 100 columns."""
+
+import contextlib
+import io
+import json
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, TypeVar
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from locum.errors import UserError
+
+__all__ = ["Command", "console", "emit", "quiet_stdout", "read", "table"]
+
+T = TypeVar("T")
+WIDTH = 100
+
+
+class Command:
+    """A command is a frozen dataclass: its fields are its arguments, `run` does the work."""
+
+    name: ClassVar[str]
+
+    @classmethod
+    def read(cls, args: Sequence[str]) -> "Command":
+        """The command that the arguments after its name describe."""
+        return read(cls, cls.name, args)
+
+    def run(self) -> int:
+        raise NotImplementedError
+
+
+def read(cls: type[T], name: str, args: Sequence[str]) -> T:
+    """Arguments as a dataclass.
+
+    Raises:
+        UserError: for arguments that do not fit, in one sentence.
+    """
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            config = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)
+            return tyro.cli(cls, prog=f"locum {name}", args=list(args), config=config)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise UserError(f"{_sentence(said.getvalue())} (see locum {name} --help)") from None
+
+
+def _sentence(box: str) -> str:
+    """The first paragraph inside the frame that the parser draws around an error."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", box)
+    rows = []
+    for line in text.splitlines():
+        inner = line.strip().strip("│|").strip()
+        if line.lstrip().startswith(("╭", "╰", "+")):
+            continue
+        if set(inner) <= {"─", "-"}:
+            break
+        rows.append(inner)
+    sentence = " ".join(rows).replace(" (required)", "").rstrip(" .:")
+    return sentence[:1].lower() + sentence[1:] if sentence else "these arguments do not fit"
+
+
+def console() -> Console:
+    """Standard output, at most 100 columns wide."""
+    return Console(width=min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns), highlight=False)
+
+
+def table(*columns: str, title: str | None = None) -> Table:
+    """An empty table; its cells wrap."""
+    made = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="dim")
+    for column in columns:
+        made.add_column(column, overflow="fold", ratio=None)
+    return made
+
+
+def emit(document: Any) -> None:
+    """The one JSON document on standard output."""
+    print(json.dumps(document, ensure_ascii=False, indent=2))
+
+
+@contextlib.contextmanager
+def quiet_stdout(quiet: bool) -> Iterator[None]:
+    """While `quiet`, whatever is printed goes to standard error, so that the JSON document stays alone."""
+    with contextlib.redirect_stdout(sys.stderr) if quiet else contextlib.nullcontext():
+        yield
