@@ -49,21 +49,25 @@ def read(cls: type[T], name: str, args: Sequence[str]) -> T:
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise UserError(f"{_sentence(said.getvalue())} (see locum {name} --help)") from None
+        cause = stop.__context__
+        while cause is not None and not isinstance(cause, UserError):
+            cause = cause.__context__
+        raise cause or UserError(f"{_sentence(said.getvalue())} (see locum {name} --help)") from None
 
 
 def _sentence(box: str) -> str:
-    """The first paragraph inside the frame that the parser draws around an error."""
+    """What the parser says in the frame that it draws around an error: the first part after the frame's title."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", box)
-    rows = []
+    parts: list[list[str]] = [[]]
     for line in text.splitlines():
         inner = line.strip().strip("│|").strip()
-        if line.lstrip().startswith(("╭", "╰", "+")):
+        if line.lstrip().startswith("╰"):
             continue
-        if set(inner) <= {"─", "-"}:
-            break
-        rows.append(inner)
-    sentence = " ".join(rows).replace(" (required)", "").rstrip(" .:")
+        if line.lstrip().startswith("╭") or not set(inner) - {"─", "-"}:  # the title in the frame, or a rule below it
+            parts.append([])
+        else:
+            parts[-1].append(inner)
+    sentence = " ".join(parts[1] if len(parts) > 1 else []).replace(" (required)", "").rstrip(" .:")
     return sentence[:1].lower() + sentence[1:] if sentence else "these arguments do not fit"
 
 
