@@ -1,0 +1,213 @@
+"""Methods side by side: a task is measured, unit by unit, into a run's folder, and shown as a table, a report and JSON.
+
+>>> from locum.bench.compare import compare
+>>> from locum.bench.compare_decode import DecodeTask
+>>> compare(DecodeTask(methods=("lookup", "auto")))  # doctest: +SKIP
+"""
+
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from rich.table import Table
+
+from locum.bench import report
+from locum.bench.engines import Engine, Runner, Unit
+from locum.bench.engines import engine as engine_named
+from locum.bench.measures import Measure, aggregate
+from locum.bench.progress import Bar
+from locum.bench.store import Row, Store, latest, write_atomically
+from locum.errors import UserError
+
+Kind = Literal["ours", "peer", "plain"]
+
+__all__ = ["Comparison", "Task", "compare"]
+
+
+class Task(ABC):
+    """Some methods of a family on some items: a frozen dataclass of plain values, so that it can be sent to a worker.
+
+    `measures` are the figures made of raw lines; `references` are run in every pass; `main` is the ratio that decides; `axes` are
+    the measures drawn against each other, and `ideal` names the line on which both are equal; `cores` and `gpus` are what a unit takes.
+    """
+
+    family: ClassVar[str]
+    measures: ClassVar[tuple[Measure, ...]]
+    references: ClassVar[tuple[str, ...]] = ()
+    main: ClassVar[str]
+    axes: ClassVar[tuple[str, str]]
+    ideal: ClassVar[str] = ""
+
+    @property
+    @abstractmethod
+    def columns(self) -> tuple[str, ...]:
+        """Keys of the measures that a terminal has room for."""
+
+    @property
+    def cores(self) -> int:
+        return 1
+
+    @property
+    def gpus(self) -> int:
+        return 0
+
+    @abstractmethod
+    def config(self) -> Row:
+        """What is asked, as plain data: it must be equal for a run to go on. Has "model", "task" and "methods"."""
+
+    @abstractmethod
+    def units(self) -> list[Unit]:
+        """All that is to be measured, in order."""
+
+    @abstractmethod
+    def open(self) -> Runner:
+        """Load what is needed, once per process.
+
+        Raises:
+            UserError: when the models do not fit together.
+        """
+
+    @abstractmethod
+    def headline(self, overall: Sequence[Row], groups: Sequence[Row]) -> str:
+        """One sentence: which method to use, and by how much. Rows are figures by method, and by method and group."""
+
+    def items(self) -> list[str]:
+        """The items' texts, for the report; empty when they have none."""
+        return []
+
+    def kind(self, method: str) -> Kind:
+        """Whose a method is."""
+        return "plain" if method in self.references else "ours"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What came out so far; `interrupted` when it was stopped before its end."""
+
+    task: Task
+    folder: Path
+    rows: list[Row]
+    interrupted: bool = False
+
+    @property
+    def lines(self) -> list[Row]:
+        """The raw lines of the units asked for, in the task's order, each with its references beside it as "refs"."""
+        refs: dict[str, dict[str, Row]] = {}
+        for row in self.rows:
+            if row["method"] in self.task.references and "raw" in row:
+                refs.setdefault(row["pass"], {})[row["method"]] = row["raw"]
+        latest_row = {(r["method"], r["seed"], r["item"]): r for r in self.rows if r["role"] == "unit"}
+        return [latest_row[u.key] | {"refs": refs.get(latest_row[u.key]["pass"], {})} for u in self._units() if u.key in latest_row]
+
+    def _units(self) -> list[Unit]:
+        order = {m: i for i, m in enumerate(self.task.config()["methods"])}
+        return sorted(self.task.units(), key=lambda u: (order[u.method], u.seed, u.item))
+
+    def by(self, *columns: str) -> list[Row]:
+        """Figures per combination of columns, e.g. ``by("method", "group")``."""
+        return aggregate(self.lines, self.task.measures, columns)
+
+    def json(self) -> Row:
+        """The promised form of ``locum compare --json``: one row per method, group and seed."""
+        config = self.task.config()
+        head = {"family": self.task.family, "task": config["task"], "model": config["model"]}
+        return head | {"rows": self.by("method", "group", "seed")}
+
+    @property
+    def headline(self) -> str:
+        return self.task.headline(self.by("method"), self.by("method", "group"))
+
+    def table(self) -> Table:
+        """The table for a terminal of 100 columns, as a rich renderable."""
+        return report.table(self.page())
+
+    def page(self) -> report.Page:
+        """What the table and the report show."""
+        task, config = self.task, self.task.config()
+        whole = len(task.units())
+        facts = {"model": str(config["model"]), "task": str(config["task"]), "measured": f"{len(self.lines)} of {whole} units"}
+        if self.rows:
+            where = self.rows[-1]["environment"]
+            facts |= {k: ", ".join(f"{a} {b}" for a, b in v.items()) if isinstance(v, dict) else str(v) for k, v in where.items()}
+        overall = self.by("method")
+        return report.Page(
+            title=f"{task.family} on {config['model']}",
+            headline=self.headline,
+            measures=task.measures,
+            columns=task.columns,
+            main=task.main,
+            axes=task.axes,
+            ideal=task.ideal,
+            overall=overall,
+            groups=self.by("method", "group"),
+            kinds={r["method"]: task.kind(r["method"]) for r in overall},
+            lines=self.lines,
+            items=task.items(),
+            facts=facts,
+        )
+
+    @property
+    def report_path(self) -> Path:
+        return self.folder / "report.html"
+
+    @property
+    def how_to_resume(self) -> str:
+        done, whole = len({(r["method"], r["seed"], r["item"]) for r in self.rows if r["role"] == "unit"}), len(self.task.units())
+        return f"stopped with {done} of {whole} measured and kept; go on with the same command and --resume --name {self.folder.name}"
+
+
+def compare(
+    task: Task, name: str | None = None, resume: bool = False, engine: str = "local", runs: str | Path = "runs"
+) -> Comparison:
+    """Measure what is not measured yet, write the report, and return what came out.
+
+    Args:
+        task: what to compare.
+        name: the run's folder in `runs`; by default the family and the time, with `resume` the run of the family begun last.
+        resume: go on with a run that exists: only what is missing or failed is measured.
+        engine: "local" or "ray".
+        runs: where runs are kept.
+
+    Ctrl-C does not raise: the comparison that is returned says `interrupted`, and everything that ended is kept.
+
+    Raises:
+        UserError: for a run that exists (without `resume`), one with another config, or models that do not fit.
+    """
+    where = engine_named(engine)
+    folder = Path(runs)
+    if name is None:
+        name = latest(folder, f"{task.family}-") if resume else f"{task.family}-{time.strftime('%Y%m%d-%H%M%S')}"
+        if name is None:
+            raise UserError(f"there is no run of {task.family} in {folder}/ to resume: leave out --resume")
+    with Store(folder, name, task.config(), resume=resume) as store:
+        interrupted = _measure(task, store, where)
+        result = Comparison(task, store.folder, list(store.rows), interrupted)
+    write_atomically(result.report_path, report.html(result.page()))
+    return result
+
+
+def _measure(task: Task, store: Store, where: Engine) -> bool:
+    """Add the missing rows to the store; true when stopped by Ctrl-C."""
+    done = {(r["method"], r["seed"], r["item"]) for r in store.rows if r["role"] == "unit" and "raw" in r}
+    units = task.units()
+    missing = [u for u in units if u.key not in done]
+    if done and missing:
+        print(f"going on with {store.folder}: {len(done)} of {len(units)} done", file=sys.stderr)
+    with Bar(f"compare {task.family}", len(units)) as bar:
+        bar.step("measured before", len(done))
+        bar.say("loading")
+        rows = where.run(task, missing)
+        try:
+            for row in rows:
+                store.append(row)
+                bar.step(f"{row['method']} on {row['group']} {row['item'] + 1}", row["role"] == "unit")
+        except KeyboardInterrupt:
+            return True
+        finally:
+            rows.close()
+    return False
+

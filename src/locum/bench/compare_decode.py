@@ -1,0 +1,160 @@
+"""``locum compare decode``: our decoders, plain decoding and transformers' own, on the same prompts, side by side."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import ClassVar
+
+from locum.bench.compare import Kind, Task
+from locum.bench.decode_measures import MEASURES
+from locum.bench.engines import Runner, Unit
+from locum.bench.measures import Measure
+from locum.bench.prompts import read_prompts
+from locum.bench.store import Row
+from locum.errors import unknown
+from locum.method import names, require
+
+__all__ = ["PEERS", "DecodeTask", "decode_methods"]
+
+PEERS = ("transformers", "transformers-lookup", "transformers-assisted")
+ORDER = ("plain", *PEERS, "lookup", "chain", "spectr", "dyspec", "tokenrecycling", "graft", "auto")
+
+
+def decode_methods() -> list[str]:
+    """All methods that can be compared: our drafters by their names, and transformers' own."""
+    known = [*PEERS, *names("decode", "Drafter")]
+    return [*(m for m in ORDER if m in known), *sorted(set(known) - set(ORDER))]
+
+
+@dataclass(frozen=True)
+class DecodeTask(Task):
+    """Decoders on the same prompts.
+
+    Args:
+        model: the model that is decoded: a shipped name, a path, or a hub name.
+        draft: the small model that some methods draft with; it must have the model's vocabulary.
+        prompts: a file, one prompt a line, or .jsonl with "prompt" and "group"; the shipped prompts when left out.
+        per_group: how many of the shipped prompts to take of each group; 0 for all. A file is always taken whole.
+        methods: which to compare; all when left out. Plain decoding and transformers' generate always run: the ratios need them.
+        max_new_tokens: how many tokens to generate for each prompt, >= 1.
+        temperature: 0 is greedy; above, tokens are sampled.
+        seeds: how many times to run, with other random numbers each, >= 1.
+        dtype: the models' type, e.g. float32 or bfloat16; the device's usual one when left out.
+        device: e.g. cpu or cuda; the best there is when left out.
+    """
+
+    family: ClassVar[str] = "decode"
+    measures: ClassVar[tuple[Measure, ...]] = MEASURES
+    references: ClassVar[tuple[str, ...]] = ("plain", "transformers")
+    main: ClassVar[str] = "vs_transformers"
+    axes: ClassVar[tuple[str, str]] = ("tokens_per_forward", "vs_plain")
+    ideal: ClassVar[str] = "speed = tokens per forward: drafting and wide forwards would cost nothing"
+
+    model: str = "smollm2-135m-instruct"
+    draft: str = "smollm2-draft"
+    prompts: str | None = None
+    per_group: int = 3
+    methods: tuple[str, ...] = ()
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    seeds: int = 1
+    dtype: str | None = None
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        require(self, "max_new_tokens", self.max_new_tokens >= 1, ">= 1")
+        require(self, "temperature", 0 <= self.temperature < float("inf"), "finite and >= 0")
+        require(self, "seeds", self.seeds >= 1, ">= 1")
+        require(self, "per_group", self.per_group >= 0, ">= 0")
+        require(self, "model", bool(self.model.strip()), "a model's name or path")
+        for method in self.methods:
+            if method.lower() not in decode_methods():
+                raise unknown("method of decode", method, decode_methods())
+        _ = self.examples  # read now, so that a bad file is refused now, and sent along to a worker
+
+    @cached_property
+    def examples(self) -> tuple[tuple[str, str], ...]:
+        """(group, text) of every prompt."""
+        if self.prompts is not None:
+            return tuple(read_prompts(Path(self.prompts)))
+        from locum.tasks import prompts
+
+        taken: dict[str, int] = {}
+        chosen = []
+        for prompt in prompts():
+            taken[prompt.group] = taken.get(prompt.group, 0) + 1
+            if not self.per_group or taken[prompt.group] <= self.per_group:
+                chosen.append((prompt.group, prompt.text))
+        return tuple(chosen)
+
+    @cached_property
+    def chosen(self) -> tuple[str, ...]:
+        """The methods that run, in the order of the table."""
+        wanted = {m.lower() for m in self.methods} or set(decode_methods())
+        return tuple(m for m in decode_methods() if m in wanted or m in self.references)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        text = "identical_to_greedy" if self.temperature == 0 else "law"
+        return "tokens_per_forward", "tokens_per_second", "vs_plain", "vs_transformers", text, "draft_share", "peak_memory_mb"
+
+    @property
+    def cores(self) -> int:
+        import torch
+
+        return torch.get_num_threads()
+
+    @property
+    def gpus(self) -> int:
+        return 1 if self.device is not None and self.device.startswith("cuda") else 0
+
+    def config(self) -> Row:
+        how = "greedy" if self.temperature == 0 else f"temperature {self.temperature:g}"
+        return {
+            "family": self.family,
+            "task": f"{len(self.examples)} prompts, {self.max_new_tokens} new tokens each, {how}",
+            "model": self.model,
+            "draft": self.draft,
+            "methods": list(self.chosen),
+            "max_new_tokens": self.max_new_tokens,
+            "temperature": self.temperature,
+            "seeds": self.seeds,
+            "dtype": self.dtype,
+            "device": self.device,
+            "prompts": [{"group": g, "text": t} for g, t in self.examples],
+        }
+
+    def units(self) -> list[Unit]:
+        items = [(i, group) for i, (group, _) in enumerate(self.examples)]
+        return [Unit(m, seed, i, group) for seed in range(self.seeds) for i, group in items for m in self.chosen]
+
+    def open(self) -> Runner:
+        from locum.bench.decode_runner import DecodeRunner  # brings torch
+
+        return DecodeRunner(self)
+
+    def items(self) -> list[str]:
+        return [text for _, text in self.examples]
+
+    def kind(self, method: str) -> Kind:
+        return "plain" if method in self.references else "peer" if method in PEERS else "ours"
+
+    def headline(self, overall: Sequence[Row], groups: Sequence[Row]) -> str:
+        """The fastest method whose text is the model's own; speed against transformers' generate."""
+        sound = [r for r in overall if r["ratios"].get(self.main) is not None and r["fidelity"]["identical_to_greedy"] is not False]
+        if not sound:
+            return "Nothing to say yet: no method has been measured beside transformers' generate."
+        best = max(sound, key=lambda r: r["ratios"][self.main])
+        value, limits = best["ratios"][self.main], best["ratios"][f"{self.main}_interval"]
+        shown = f"{value:.2f}×" + (f" (95 % interval {limits[0]:.2f}–{limits[1]:.2f})" if limits else "")
+        if value <= 1 or (limits and limits[0] <= 1) or best["method"] == "transformers":
+            return f"Nothing here is surely faster than transformers' generate: the best, {best['method']}, runs at {shown} its speed."
+        mine = {r["group"]: r["ratios"][self.main] for r in groups if r["method"] == best["method"]}
+        spread = ", ".join(f"{v:.2f}× on {g}" for g, v in mine.items() if v is not None) if len(mine) > 1 else ""
+        same = {True: "the text is greedy decoding's, token for token", None: "the text has exactly the model's law"}
+        return f"Use {best['method']}: {shown} the speed of transformers' generate{' (' + spread + ')' if spread else ''}; " + (
+            same[best["fidelity"]["identical_to_greedy"]] + "."
+        )
+
+

@@ -1,0 +1,220 @@
+"""Runs one decoder on one prompt and writes down what can be known of it: times, forwards, where each token came from."""
+
+import gc
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from locum.bench.compare_decode import PEERS
+from locum.bench.engines import Unit
+from locum.bench.machine import PeakMemory
+from locum.bench.store import Row
+from locum.decode import generate
+from locum.errors import UserError
+from locum.method import names
+from locum.models import LM, load, require_same_vocabulary
+from locum.tokens import Sampling
+
+if TYPE_CHECKING:
+    from locum.bench.compare_decode import DecodeTask
+
+__all__ = ["DecodeRunner", "Text", "pieces"]
+
+WARM_TOKENS = 8
+
+
+@dataclass
+class Text:
+    """What a decoder gave: token ids, and per forward of the model how many of them it brought and when it ended.
+
+    Args:
+        ids: the new tokens.
+        gains: new tokens of each forward; all but the last of a forward are an accepted draft's.
+        ends: seconds from the start of the call to the end of each forward, draft included.
+        draft_seconds: time spent in drafting; None where it cannot be told apart.
+    """
+
+    ids: list[int]
+    gains: list[int]
+    ends: list[float]
+    draft_seconds: float | None = None
+    depth: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.depth = [place for gain in self.gains for place in (*range(1, gain), 0)]
+
+
+class DecodeRunner:
+    """Holds the models of a `DecodeTask` and measures one unit at a time. Each method runs a few tokens first, off the clock."""
+
+    def __init__(self, task: "DecodeTask") -> None:
+        self.task = task
+        self.lm = load(task.model, dtype=task.dtype, device=task.device)
+        ours = names("decode", "Drafter")
+        self.drafters = {m: ours[m]() for m in task.chosen if m not in PEERS}
+        self.draft: LM | None = None
+        if "transformers-assisted" in task.chosen or any(d.needs_draft for d in self.drafters.values()):
+            self.draft = load(task.draft, dtype=task.dtype, device=task.device)
+            require_same_vocabulary(self.lm, self.draft)
+        self.prompts = [self._encode(text) for _, text in task.examples]
+        self.sampling = Sampling(temperature=task.temperature)
+        dtype = str(self.lm.dtype).removeprefix("torch.")
+        self.environment = {"dtype": dtype, "device": str(self.lm.device), "threads": torch.get_num_threads()}
+        self._warm: set[str] = set()
+        self._likely: dict[tuple[int, tuple[int, ...]], float | None] = {}
+
+    def __call__(self, unit: Unit) -> Row:
+        if unit.method not in self._warm:
+            self._run(unit.method, self.prompts[0], min(WARM_TOKENS, self.task.max_new_tokens), seed=0)
+            self._warm.add(unit.method)
+        gc.collect()
+        with PeakMemory(self.lm.device.type) as memory:
+            began = time.perf_counter()
+            text = self._run(unit.method, self.prompts[unit.item], self.task.max_new_tokens, seed=1000 * unit.seed + unit.item)
+            seconds = time.perf_counter() - began
+        return {
+            "ids": text.ids,
+            "greedy": self.sampling.greedy,
+            "tokens": len(text.ids),
+            "forwards": len(text.gains),
+            "accepted": sum(d > 0 for d in text.depth),
+            "seconds": seconds,
+            "tokens_per_second": len(text.ids) / seconds,
+            "draft_seconds": text.draft_seconds,
+            "peak_memory_mb": memory.megabytes,
+            "memory_how": memory.how,
+            "log_likelihood": self._log_likelihood(unit.item, text.ids),
+            "sample": {
+                "pieces": pieces(self.lm, text.ids),
+                "step": [step for step, gain in enumerate(text.gains) for _ in range(gain)],
+                "depth": text.depth,
+                "times": [round(t, 4) for t in text.ends],
+            },
+        }
+
+    def _encode(self, text: str) -> list[int]:
+        ids = self.lm.chat(text)
+        limit = getattr(self.lm.model.config, "max_position_embeddings", None)
+        if limit is not None and len(ids) + self.task.max_new_tokens > limit:
+            raise UserError(
+                f"a prompt of {len(ids)} tokens and max_new_tokens={self.task.max_new_tokens} "
+                f"exceed the {limit} positions of model {self.lm.name!r}: {text[:40]!r}"
+            )
+        return ids
+
+    def _run(self, method: str, prompt: list[int], tokens: int, seed: int) -> Text:
+        text = self._peer(method, prompt, tokens, seed) if method in PEERS else self._ours(method, prompt, tokens, seed)
+        if self.lm.device.type == "cuda":
+            torch.cuda.synchronize()
+        return text
+
+    def _ours(self, method: str, prompt: list[int], tokens: int, seed: int) -> Text:
+        drafter = self.drafters[method]
+        draft = self.draft if drafter.needs_draft else None
+        [made] = generate(
+            self.lm, [prompt], drafter=drafter, draft=draft, sampling=self.sampling, max_new_tokens=tokens, seed=seed
+        )
+        raise NotImplementedError(made)
+
+    def _peer(self, method: str, prompt: list[int], tokens: int, seed: int) -> Text:
+        """transformers' generate, with the settings that its documentation gives for each of its ways to speculate."""
+        from transformers import GenerationConfig
+
+        config: dict[str, Any] = {"do_sample": False}
+        if not self.sampling.greedy:  # no filters, as ours has none
+            config = {"do_sample": True, "temperature": self.sampling.temperature, "top_k": 0, "top_p": 1.0}
+        if method == "transformers-lookup":
+            config["prompt_lookup_num_tokens"] = 10
+        eos = sorted(self.lm.eos_ids) or None
+        settings = GenerationConfig(
+            max_new_tokens=tokens, eos_token_id=eos, pad_token_id=eos[0] if eos else 0, repetition_penalty=1.0, **config
+        )
+        assisted = {"assistant_model": self.draft.model} if method == "transformers-assisted" and self.draft else {}
+        ids = torch.tensor([prompt], device=self.lm.device)
+        watch = _Watch(len(prompt))
+        with torch.random.fork_rng(), torch.inference_mode(), _timed(self.draft if assisted else None) as drafting:
+            torch.manual_seed(seed)
+            out = self.lm.model.generate(
+                ids, attention_mask=torch.ones_like(ids), generation_config=settings, streamer=watch, **assisted
+            )
+        new = out[0, len(prompt) :].tolist()
+        seconds = drafting[0] if assisted else 0.0 if method == "transformers" else None
+        return Text(new, watch.gains, watch.ends, seconds)
+
+    def _log_likelihood(self, item: int, ids: list[int]) -> float | None:
+        """Mean log-probability of the new tokens, in nats; each text is scored once, off the clock."""
+        key = (item, tuple(ids))
+        if ids and key not in self._likely:
+            prompt = self.prompts[item]
+            whole = torch.tensor([prompt + ids], device=self.lm.device)
+            with torch.inference_mode():
+                logits = self.lm.model(whole, logits_to_keep=len(ids) + 1).logits[0, :-1].float()
+                chosen = logits.log_softmax(-1).gather(-1, whole[0, len(prompt) :, None])
+            mean = chosen.mean().item()
+            self._likely[key] = mean if math.isfinite(mean) else None
+        return self._likely.get(key)
+
+
+class _Watch:
+    """A streamer for transformers' generate: it is handed the prompt, then the tokens of each forward as they come."""
+
+    def __init__(self, prompt: int) -> None:
+        self._skip = prompt
+        self._began = time.perf_counter()
+        self.gains: list[int] = []
+        self.ends: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        if self._skip:  # the first call is the prompt
+            self._skip = 0
+            return
+        self.gains.append(value.numel())
+        self.ends.append(time.perf_counter() - self._began)
+
+    def end(self) -> None:
+        pass
+
+
+@contextmanager
+def _timed(lm: LM | None) -> Iterator[list[float]]:
+    """Seconds spent in the forwards of a model during the body, as the one element of a list."""
+    spent, began = [0.0], [0.0]
+    if lm is None:
+        yield spent
+        return
+
+    def before(*_: object) -> None:
+        began[0] = time.perf_counter()
+
+    def after(*_: object) -> None:
+        if lm.device.type == "cuda":
+            torch.cuda.synchronize()
+        spent[0] += time.perf_counter() - began[0]
+
+    hooks = [lm.model.register_forward_pre_hook(before), lm.model.register_forward_hook(after)]
+    try:
+        yield spent
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def pieces(lm: LM, ids: Sequence[int]) -> list[str]:
+    """The text of each token, such that together they are the whole; a character spread over tokens comes with its last."""
+    found: list[str] = []
+    start = 0
+    for end in range(1, len(ids) + 1):
+        lead = max(0, start - 4)  # a few tokens before: some tokenizers drop the space of a text's first token
+        before = lm.decode(ids[lead:start], skip_special_tokens=False)
+        text = lm.decode(ids[lead:end], skip_special_tokens=False)
+        if text.endswith("\ufffd") and end < len(ids):
+            found.append("")
+            continue
+        found.append(text[len(before) :])
+        start = end
+    return found

@@ -1,0 +1,133 @@
+"""From raw lines to figures. Each measure is one entry of a table that the terminal, the report and the JSON all read.
+
+A raw line is what one method did on one item with one seed, plus ``line["refs"]``: what the references did beside it, in
+the same pass. A speed is compared within a pass only, as a ratio, and the ratios' median is reported: a machine that is slow
+for a minute is slow for both.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from locum.bench.store import Row
+
+__all__ = ["Measure", "aggregate", "interval", "median", "paired", "ratio", "summary", "total"]
+
+Value = float | bool | str | None
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One figure of a result.
+
+    Args:
+        key: its name in the JSON.
+        section: the part of a result that it belongs to.
+        title: column head.
+        unit: what one of it is; "" for a pure number.
+        better: which way is better; "" when neither is.
+        how: one sentence on how it is computed.
+        of: the figure over some lines, all of one method; None when there is none.
+        each: the figure of one line, where the whole is a median over lines: from these the interval is drawn.
+        digits: decimals shown.
+    """
+
+    key: str
+    section: Literal["quality", "cost", "fidelity", "ratios"]
+    title: str
+    unit: str
+    better: Literal["higher", "lower", "yes", ""]
+    how: str
+    of: Callable[[Sequence[Row]], Value]
+    each: Callable[[Row], float | None] | None = None
+    digits: int = 2
+
+    def interval(self, lines: Sequence[Row]) -> tuple[float, float] | None:
+        """The 95 % bootstrap interval of the figure, where it is a median over at least two lines."""
+        return interval(_known(map(self.each, lines))) if self.each else None
+
+
+def interval(values: Sequence[float], draws: int = 2000) -> tuple[float, float] | None:
+    """95 % percentile bootstrap interval of the median; None for fewer than two values. Same values, same interval."""
+    if len(values) < 2:
+        return None
+    data = np.asarray(values, dtype=float)
+    chosen = np.random.default_rng(0).integers(len(data), size=(draws, len(data)))
+    low, high = np.quantile(np.median(data[chosen], axis=1), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def median(each: Callable[[Row], float | None]) -> Callable[[Sequence[Row]], float | None]:
+    """The median over lines of a figure of one line."""
+
+    def of(lines: Sequence[Row]) -> float | None:
+        values = _known(map(each, lines))
+        return float(np.median(values)) if values else None
+
+    return of
+
+
+def total(key: str) -> Callable[[Sequence[Row]], float | None]:
+    """The sum over lines of a raw figure."""
+
+    def of(lines: Sequence[Row]) -> float | None:
+        values = _known(line["raw"].get(key) for line in lines)
+        return float(sum(values)) if values else None
+
+    return of
+
+
+def ratio(upper: str, lower: str) -> Callable[[Sequence[Row]], float | None]:
+    """A raw figure summed over lines, by another summed over the same lines; None where either is not known."""
+
+    def of(lines: Sequence[Row]) -> float | None:
+        if any(line["raw"].get(k) is None for line in lines for k in (upper, lower)):
+            return None
+        below = sum(line["raw"][lower] for line in lines)
+        return float(sum(line["raw"][upper] for line in lines) / below) if below else None
+
+    return of
+
+
+def paired(rate: str, reference: str) -> Callable[[Row], float | None]:
+    """A line's raw rate by the rate of the reference beside it."""
+
+    def each(line: Row) -> float | None:
+        beside = line["refs"].get(reference, {}).get(rate)
+        return line["raw"][rate] / beside if beside and line["raw"].get(rate) is not None else None
+
+    return each
+
+
+def summary(lines: Sequence[Row], measures: Iterable[Measure]) -> dict[str, dict[str, Any]]:
+    """Section -> key -> figure. A figure that has an interval carries it as ``<key>_interval``."""
+    figures: dict[str, dict[str, Any]] = {"quality": {}, "cost": {}, "fidelity": {}, "ratios": {}}
+    for measure in measures:
+        figures[measure.section][measure.key] = measure.of(lines) if lines else None
+        if measure.each and measure.section == "ratios":
+            limits = measure.interval(lines)
+            figures[measure.section][f"{measure.key}_interval"] = list(limits) if limits else None
+    return figures
+
+
+def aggregate(lines: Sequence[Row], measures: Sequence[Measure], by: Sequence[str] = ("method", "group", "seed")) -> list[Row]:
+    """One row per combination of the `by` columns, in the order in which they first come; failed lines leave their error.
+
+    ``{"method", "group", "seed", "quality": {..}, "cost": {..}, "fidelity": {..}, "ratios": {..}}`` and, where a line failed, "error".
+    """
+    cells: dict[tuple[Any, ...], list[Row]] = {}
+    for line in lines:
+        cells.setdefault(tuple(line[k] for k in by), []).append(line)
+    rows = []
+    for cell, members in cells.items():
+        row = dict(zip(by, cell, strict=True)) | summary([m for m in members if "error" not in m], measures)
+        if errors := [m["error"] for m in members if "error" in m]:
+            row["error"] = errors[0]
+        rows.append(row)
+    return rows
+
+
+def _known(values: Iterable[float | None]) -> list[float]:
+    return [v for v in values if v is not None]
