@@ -76,11 +76,15 @@ def names(family: str, base: str | None = None) -> Names:
         raise unknown("family", family, FAMILIES)
     base_file = ROOT / family / "base.py"
     roots = (
-        {base} if base else _classes(ast.parse(base_file.read_text("utf-8"))).keys() if base_file.exists() else set()
+        {base}
+        if base
+        else _classes(ast.parse(base_file.read_text("utf-8"), str(base_file))).keys()
+        if base_file.exists()
+        else set()
     )
     where: dict[str, tuple[str, str]] = {}
     for path in module_paths(family):
-        tree = ast.parse(path.read_text("utf-8"))
+        tree = ast.parse(path.read_text("utf-8"), str(path))
         found = _classes(tree)
         main = found.get(next(iter(_exported(tree)), "")) if find(path.stem, default=None) else None
         for cls in found.values() if path != base_file else ():

@@ -172,7 +172,7 @@ def find(slug: str, default: Any = _REQUIRED) -> Any:
 
 
 def _read(path: Path, family: str) -> Paper | None:
-    docstring = ast.get_docstring(ast.parse(path.read_text("utf-8")))
+    docstring = ast.get_docstring(ast.parse(path.read_text("utf-8"), str(path)))
     return parse(docstring, path.stem, family) if docstring else None
 
 
