@@ -5,7 +5,8 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,19 +35,25 @@ class Text:
 
     Args:
         ids: the new tokens.
-        gains: new tokens of each forward; all but the last of a forward are an accepted draft's.
+        gains: new tokens of each forward; the last of them is the model's own, those before it are an accepted draft's.
         ends: seconds from the start of the call to the end of each forward, draft included.
         draft_seconds: time spent in drafting; None where it cannot be told apart.
+        cut: the text ended inside the last forward's draft, whose last token is a draft's too.
     """
 
     ids: list[int]
     gains: list[int]
     ends: list[float]
     draft_seconds: float | None = None
-    depth: list[int] = field(init=False)
+    cut: bool = False
 
-    def __post_init__(self) -> None:
-        self.depth = [place for gain in self.gains for place in (*range(1, gain), 0)]
+    @property
+    def depth(self) -> list[int]:
+        """For each token its place in the accepted draft of its forward, from 1; 0 for the model's own."""
+        depth = [place for gain in self.gains for place in (*range(1, gain), 0)]
+        if self.cut:
+            depth[-1] = self.gains[-1]
+        return depth
 
 
 class DecodeRunner:
@@ -116,10 +123,16 @@ class DecodeRunner:
     def _ours(self, method: str, prompt: list[int], tokens: int, seed: int) -> Text:
         drafter = self.drafters[method]
         draft = self.draft if drafter.needs_draft else None
-        [made] = generate(
-            self.lm, [prompt], drafter=drafter, draft=draft, sampling=self.sampling, max_new_tokens=tokens, seed=seed
-        )
-        raise NotImplementedError(made)
+        [made] = generate(self.lm, [prompt], drafter=drafter, draft=draft, sampling=self.sampling, max_new_tokens=tokens, seed=seed)
+        lengths = [0]  # tokens of each forward: the model's own token ends one
+        for source in made.sources:
+            lengths[-1] += 1
+            if source == "model":
+                lengths.append(0)
+        gains = [n for n in lengths if n]
+        steps = [step.seconds for step in made.steps]
+        ends = list(accumulate([made.seconds - sum(steps), *steps]))
+        return Text(made.ids, gains, ends, made.draft_seconds, cut=made.sources[-1] == "draft")
 
     def _peer(self, method: str, prompt: list[int], tokens: int, seed: int) -> Text:
         """transformers' generate, with the settings that its documentation gives for each of its ways to speculate."""
