@@ -13,6 +13,7 @@ from pathlib import Path
 from locum.cli import main as locum
 from locum.paper import FAMILIES, ROOT, Paper, catalogue
 
+HEAD = "| paper | expensive | stands in | check | state |"
 README = Path(__file__).parent.parent / "README.md"
 
 
@@ -29,7 +30,7 @@ def table() -> str:
     """All papers, family by family."""
     lines = []
     for family, what in FAMILIES.items():
-        lines += ["", f"**{family}**: {what}", "", "| paper | expensive | stands in | check | state |", "|---|---|---|---|---|"]
+        lines += ["", f"**{family}**: {what}", "", HEAD, "|---|---|---|---|---|"]
         lines += [row(p) for p in catalogue() if p.family == family]
     return "\n".join(lines[1:])
 
@@ -44,9 +45,10 @@ def output(command: str) -> str:
 
 def updated(text: str) -> str:
     """The README with its generated parts made anew."""
-    text = re.sub(r"(<!-- papers -->\n).*?(\n<!-- /papers -->)", lambda m: m[1] + table() + m[2], text, flags=re.DOTALL)
-    shown = r"(```console\n\$ (locum [^\n]*)\n).*?(\n```)"
-    return re.sub(shown, lambda m: m[1] + output(m[2]) + m[3], text, flags=re.DOTALL)
+    between = r"(<!-- papers -->\n).*?(<!-- /papers -->)"
+    text = re.sub(between, lambda m: f"{m[1]}{table()}\n{m[2]}", text, flags=re.DOTALL)
+    shown = r"^(```console\n\$ (locum [^\n]*)\n).*?^```$"
+    return re.sub(shown, lambda m: f"{m[1]}{output(m[2])}\n```", text, flags=re.DOTALL | re.MULTILINE)
 
 
 if __name__ == "__main__":

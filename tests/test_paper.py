@@ -68,9 +68,9 @@ def test_a_file_named_like_a_paper_describes_it(path):
 def test_a_docstring_is_read_entry_by_entry():
     paper = parse(DOCSTRING, "title", "align")
     assert paper.title == "A Title: with a colon"
-    assert paper.expensive == "reading every page."
-    assert paper.stands_in == "a summary"
-    assert paper.check == "read one."
+    assert paper.expensive == "Reading every page"
+    assert paper.stands_in == "A summary"
+    assert paper.check == "Read one"
     assert paper.authors == ("Noone", "van Someone")
     assert paper.year == 2030
     assert paper.venue == "Nowhere 2030"

@@ -134,9 +134,9 @@ def parse(docstring: str, slug: str, family: str) -> Paper | None:
         arxiv=entries["arXiv"],
         year=int(entries["Year"]),
         family=family,
-        expensive=entries["Expensive"],
-        stands_in=entries["Stands in"],
-        check=entries["Check"],
+        expensive=_sentence(entries["Expensive"]),
+        stands_in=_sentence(entries["Stands in"]),
+        check=_sentence(entries["Check"]),
         authors=tuple(a.strip() for a in entries["Authors"].split(",")),
         venue=entries["Venue"],
         state="coded",
@@ -169,6 +169,11 @@ def find(slug: str, default: Any = _REQUIRED) -> Any:
     if default is _REQUIRED:
         raise unknown("paper", slug, papers)
     return default
+
+
+def _sentence(entry: str) -> str:
+    """As it stands in the table: a capital first, no full stop last."""
+    return entry[:1].upper() + entry[1:].removesuffix(".")
 
 
 def _read(path: Path, family: str) -> Paper | None:

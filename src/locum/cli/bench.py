@@ -86,8 +86,8 @@ class Compare(Command):
 def _pair(task: type) -> Any:
     """A task and how to run it, as one type whose fields are all flags."""
 
-    def both(task: task, how: Run) -> tuple[Any, Run]:  # type: ignore[valid-type]
-        return task, how
+    def both(task: task, run: Run) -> tuple[Any, Run]:  # type: ignore[valid-type]
+        return task, run
 
     both.__doc__ = f"{(task.__doc__ or '').splitlines()[0]}"
     return both

@@ -1,6 +1,7 @@
 """``locum decode``: the flags are the general ones below and the fields of the chosen method."""
 
 import dataclasses
+import re
 import sys
 import typing
 from collections.abc import Sequence
@@ -35,7 +36,7 @@ class Options:
     """What every method takes.
 
     Args:
-        method: how to decode; its own parameters are flags too (locum decode --method NAME --help), and a .yaml file that
+        method: how to decode; its own parameters are flags too (locum decode --method NAME --help). A .yaml file that
             holds a method will do as well.
         prompt: the text to answer or continue.
         prompts: a file of prompts instead: one a line, or .jsonl with "prompt".
@@ -116,8 +117,8 @@ class Decode(Command):
             raise unknown("method of decode", chosen, methods())
         make, build = _flags(known[chosen.lower()])
 
-        def both(options: Options, method: make) -> tuple[Options, Any]:  # type: ignore[valid-type]
-            return options, method
+        def both(general: Options, method: make) -> tuple[Options, Any]:  # type: ignore[valid-type]
+            return general, method
 
         both.__doc__ = f"Continue a text with one method, here {chosen} (of {', '.join(methods())})."
         options, fields = read(both, cls.name, args)  # type: ignore[arg-type]
@@ -204,10 +205,11 @@ class Decode(Command):
         )
         if not made.posterior:
             raise UserError(
-                f"no particle found a valid text of at most {o.max_new_tokens} tokens: give more --n-particles or tokens"
+                f"no particle found a valid text of at most {o.max_new_tokens} tokens: "
+                "raise --n-particles or --max-new-tokens"
             )
-        for text, share in made.posterior.items() if not o.json else ():
-            _write(f"{share:.3f}  {text}\n")
+        if not o.json:
+            _write("\n".join(f"{share:.3f}  {text}" for text, share in made.posterior.items()))
         self._end(f"{made.tokens} tokens in {made.seconds:.1f} s, {made.checks_per_token:.1f} checks per token")
         figures = {"log_probability_of_constraint": made.log_normaliser, "checks_per_token": made.checks_per_token}
         return {"prompt": prompt, "posterior": made.posterior, "seconds": made.seconds} | figures
@@ -258,10 +260,12 @@ def _flags(cls: type) -> tuple[type, Any]:
     """
     taken = {f.name for f in dataclasses.fields(Options)}
     hints, flags, inner, renamed = typing.get_type_hints(cls), [], set(), {}
+    docs = cls.__doc__ or ""
     for f in (f for f in dataclasses.fields(cls) if f.init):
         value = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
         flag = f"{cls.__name__.lower()}_{f.name}" if f.name in taken else f.name
         renamed[flag] = f.name
+        docs = re.sub(rf"^(\s+){f.name}:", rf"\1{flag}:", docs, flags=re.MULTILINE)
         if dataclasses.is_dataclass(hints[f.name]):
             inner.add(flag)
             flags.append((flag, str, dataclasses.field(default=type(value).__name__.lower())))
@@ -269,7 +273,7 @@ def _flags(cls: type) -> tuple[type, Any]:
             flags.append((flag, hints[f.name], dataclasses.field()))
         else:
             flags.append((flag, hints[f.name], dataclasses.field(default=value)))
-    made = dataclasses.make_dataclass(cls.__name__, flags, namespace={"__doc__": cls.__doc__}, frozen=True)
+    made = dataclasses.make_dataclass(cls.__name__, flags, namespace={"__doc__": docs}, frozen=True)
 
     def build(values: Any) -> Any:
         given = {flag: getattr(values, flag) for flag, *_ in flags}
