@@ -1,5 +1,6 @@
 """Faster and controlled decoding: drafter x verifier x cache, constraints with weights, search under a value."""
 
+from locum.decode.auto import Auto
 from locum.decode.base import Context, Drafter, Rows, Tree, Verifier, check_pair
 from locum.decode.chain import Chain
 from locum.decode.dyspec import DySpec, RecursiveRejection
@@ -13,6 +14,7 @@ from locum.decode.verifiers import ChainRejection, Match
 
 __all__ = [
     "KSEQ",
+    "Auto",
     "Chain",
     "ChainRejection",
     "Context",
