@@ -125,10 +125,10 @@ claim = Claim(
     statement="The log-ratio of a DPO-trained policy to its reference is a token-level advantage: it credits tokens, "
     "finds a planted error, makes beam search a search for reward, and falls on chosen responses after SFT.",
     criterion="Holds if in each of 8 seeds: (1) Pearson correlation of credit with the exact optimal advantage > 0.4 "
-    "and above that of shuffled credits; (2) in the policy's samples the lowest credit hits a planted worst-reward token "
-    "more often than the lowest reference log-probability and than chance; (3) mean hidden reward of 5-beam search > the "
-    "policy's expected one when sampling; (4) after SFT on chosen, DPO leaves their mean implicit reward < 0 and the "
-    "margin > 0. Fails if any check fails in any seed.",
+    "and above that of shuffled credits; (2) in the policy's samples the lowest credit hits a planted worst-reward "
+    "token more often than the lowest reference log-probability and than chance; (3) mean hidden reward of 5-beam "
+    "search > the policy's expected one when sampling; (4) after SFT on chosen, DPO leaves their mean implicit reward "
+    "< 0 and the margin > 0. Fails if any check fails in any seed.",
     seeds=tuple(range(8)),
     run=run,
     judge=judge,
