@@ -46,7 +46,13 @@ class FakeTask(Task):
         return "rate", "vs_plain"
 
     def config(self) -> Row:
-        return {"task": "fake", "model": "none", "methods": list(self.methods), "seeds": self.seeds, "n": self.per_group}
+        return {
+            "task": "fake",
+            "model": "none",
+            "methods": list(self.methods),
+            "seeds": self.seeds,
+            "n": self.per_group,
+        }
 
     def units(self) -> list[Unit]:
         items = range(2 * self.per_group)

@@ -46,7 +46,7 @@ def test_a_run_on_disk_is_complete(tmp_path):
     assert {"machine", "versions", "date", "dtype"} <= set(rows[0]["environment"])
     broken = [r for r in rows if r["method"] == "broken"]
     assert all(r["error"].startswith("RuntimeError: broken on") and "raw" not in r for r in broken)
-    assert result.report_path.is_file()
+    assert result.report.is_file()
 
 
 def test_table_fits_a_terminal_of_100_columns(tmp_path):
@@ -75,13 +75,15 @@ def test_interrupted_then_resumed_recomputes_nothing(tmp_path):
     assert len(first.rows) == 5
     assert "5 of 16" in first.how_to_resume
     assert "--resume --name a" in first.how_to_resume
-    assert first.report_path.is_file()
+    assert first.report.is_file()
     log.unlink()
     second = compare(FakeTask(log=str(log)), name="a", resume=True, runs=tmp_path)
     assert not second.interrupted
     again = [line.split() for line in log.read_text("utf-8").splitlines()]
     done = {(r["method"], str(r["seed"]), str(r["item"])) for r in first.rows if "raw" in r}
-    assert {tuple(a) for a in again if a[0] != "plain"} & done == set()  # plain runs beside what was missing, to pair with
+    assert {
+        tuple(a) for a in again if a[0] != "plain"
+    } & done == set()  # plain runs beside what was missing, to pair with
     keys = [(r["method"], r["seed"], r["item"]) for r in second.rows if r["role"] == "unit" and "raw" in r]
     assert len(keys) == len(set(keys)) == 12
     pure = compare(FakeTask(), name="b", runs=tmp_path)

@@ -12,7 +12,13 @@ BY_KEY = {m.key: m for m in MEASURES}
 
 def line(ids, rate, greedy=True, refs=None, **raw):
     base = {"ids": ids, "tokens": len(ids), "tokens_per_second": rate, "greedy": greedy, "log_likelihood": -1.0}
-    base |= {"forwards": len(ids), "accepted": 0, "seconds": len(ids) / rate, "draft_seconds": 0.0, "peak_memory_mb": 1.0}
+    base |= {
+        "forwards": len(ids),
+        "accepted": 0,
+        "seconds": len(ids) / rate,
+        "draft_seconds": 0.0,
+        "peak_memory_mb": 1.0,
+    }
     row = {"method": "m", "group": "g", "seed": 0, "raw": base | raw}
     return row | {"refs": {k: line(*v)["raw"] for k, v in (refs or {}).items()}}
 

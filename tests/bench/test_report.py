@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,7 @@ class Reader(HTMLParser):
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     result = compare(FakeTask(), name="a", runs=tmp_path_factory.mktemp("runs"))
-    return result.report_path.read_text("utf-8")
+    return result.report.read_text("utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +96,9 @@ def test_charts_with_one_point_and_with_none():
 
 
 def test_the_frontier_holds_whom_none_beats():
-    svg = frontier([Point(n, "ours", x, y) for n, x, y in (("a", 1, 3), ("b", 2, 2), ("c", 3, 1), ("d", 1, 1))], "x", "y")
+    svg = frontier(
+        [Point(n, "ours", x, y) for n, x, y in (("a", 1, 3), ("b", 2, 2), ("c", 3, 1), ("d", 1, 1))], "x", "y"
+    )
     path = re.search(r'class="frontier" d="M([^"]*)"', svg)[1]
     assert len(path.split("L")) == 3  # d is beaten by all others
 
@@ -107,5 +110,5 @@ def test_ticks_enclose_and_labels_keep_apart():
         assert ticks[-1] >= high
         assert 2 <= len(ticks) <= 13
     heights = _spread([10, 11, 12, 100], 10, 110)
-    assert all(b - a >= 19 for a, b in zip(heights, heights[1:], strict=False))
+    assert all(b - a >= 19 for a, b in pairwise(heights))
     assert heights[-1] <= 110

@@ -8,7 +8,7 @@ from locum.bench.verify import Claim, Judgement, available, run_claims
 from locum.errors import UserError
 
 PROMISED = {"slug", "verdict", "claim", "measured", "criterion", "seeds", "seconds", "machine"}
-SOURCE = '''
+SOURCE = """
 from pathlib import Path
 from locum.bench.verify import Claim, Judgement
 
@@ -25,7 +25,7 @@ def judge(rows):
     return Judgement("holds" if mean > 0.4 else "fails", f"mean {{mean}}", {{"mean": mean}})
 
 claim = Claim(slug="{slug}", statement="x is large", criterion="mean > 0.4", seeds={seeds}, run=run, judge=judge)
-'''
+"""
 
 
 @pytest.fixture

@@ -50,17 +50,24 @@ def frontier(points: Sequence[Point], x_title: str, y_title: str, ideal: str = "
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{_text(y_title)} against {_text(x_title)}">']
     for t in x_ticks:
         x, _ = at(t, y_ticks[0])
-        parts.append(f'<path class="grid" d="M{x:.1f} {TOP}V{floor}"/><text class="tick" x="{x:.1f}" y="{floor + 16}" text-anchor="middle">{t:g}</text>')
+        parts.append(f'<path class="grid" d="M{x:.1f} {TOP}V{floor}"/>')
+        parts.append(f'<text class="tick" x="{x:.1f}" y="{floor + 16}" text-anchor="middle">{t:g}</text>')
     for t in y_ticks:
         _, y = at(x_ticks[0], t)
-        parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{right}"/><text class="tick" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{t:g}</text>')
-    parts.append(f'<text class="axis" x="{(LEFT + right) / 2}" y="{HEIGHT - 8}" text-anchor="middle">{_text(x_title)}</text>')
-    parts.append(f'<text class="axis" transform="translate(12 {(TOP + floor) / 2}) rotate(-90)" text-anchor="middle">{_text(y_title)}</text>')
+        parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{right}"/>')
+        parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{t:g}</text>')
+    parts.append(
+        f'<text class="axis" x="{(LEFT + right) / 2}" y="{HEIGHT - 8}" text-anchor="middle">{_text(x_title)}</text>'
+    )
+    turned = f"translate(12 {(TOP + floor) / 2}) rotate(-90)"
+    parts.append(f'<text class="axis" transform="{turned}" text-anchor="middle">{_text(y_title)}</text>')
     if ideal:
         low, high = max(x_ticks[0], y_ticks[0]), min(x_ticks[-1], y_ticks[-1])
         if low < high:
             (x0, y0), (x1, y1) = at(low, low), at(high, high)
-            parts.append(f'<path class="ideal" d="M{x0:.1f} {y0:.1f}L{x1:.1f} {y1:.1f}"><title>{_text(ideal)}</title></path>')
+            parts.append(
+                f'<path class="ideal" d="M{x0:.1f} {y0:.1f}L{x1:.1f} {y1:.1f}"><title>{_text(ideal)}</title></path>'
+            )
     best = sorted((p for p in points if not any(_beats(q, p) for q in points)), key=lambda p: p.x)
     path = "L".join("{:.1f} {:.1f}".format(*at(p.x, p.y)) for p in best)
     parts.append(f'<path class="frontier" d="M{path}"/>')
@@ -86,7 +93,9 @@ def bars(groups: dict[str, list[Bar]], title: str) -> str:
         rows = []
         for bar in sorted(members, key=lambda b: -(b.value or 0)):
             if bar.value is None:
-                rows.append(f'<div class="bar"><span class="name">{_text(bar.name)}</span><span class="lane">failed</span></div>')
+                rows.append(
+                    f'<div class="bar"><span class="name">{_text(bar.name)}</span><span class="lane">failed</span></div>'
+                )
                 continue
             whisker = ""
             if bar.limits:
@@ -117,7 +126,7 @@ def _ticks(low: float, high: float) -> list[float]:
 
 def _spread(wanted: Sequence[float], low: float, high: float) -> list[float]:
     """Heights as near as they can be to the wanted ones (which ascend), `GAP` apart and within the limits."""
-    heights = []
+    heights: list[float] = []
     for y in wanted:
         heights.append(max(y, low, heights[-1] + GAP if heights else low))
     for i in reversed(range(len(heights))):

@@ -15,11 +15,11 @@ from typing import ClassVar, Literal
 
 from rich.table import Table
 
-from locum.bench import report
 from locum.bench.engines import Engine, Runner, Unit
 from locum.bench.engines import engine as engine_named
 from locum.bench.measures import Measure, aggregate
 from locum.bench.progress import Bar
+from locum.bench.report import Page, html, table
 from locum.bench.store import Row, Store, latest, write_atomically
 from locum.errors import UserError
 
@@ -31,8 +31,9 @@ __all__ = ["Comparison", "Task", "compare"]
 class Task(ABC):
     """Some methods of a family on some items: a frozen dataclass of plain values, so that it can be sent to a worker.
 
-    `measures` are the figures made of raw lines; `references` are run in every pass; `main` is the ratio that decides; `axes` are
-    the measures drawn against each other, and `ideal` names the line on which both are equal; `cores` and `gpus` are what a unit takes.
+    `measures` are the figures made of raw lines; `references` are run in every pass; `main` is the ratio that decides; `axes`
+    are the measures drawn against each other, and `ideal` names the line on which both are equal; `cores` and `gpus` are what
+    a unit takes.
     """
 
     family: ClassVar[str]
@@ -101,7 +102,11 @@ class Comparison:
             if row["method"] in self.task.references and "raw" in row:
                 refs.setdefault(row["pass"], {})[row["method"]] = row["raw"]
         latest_row = {(r["method"], r["seed"], r["item"]): r for r in self.rows if r["role"] == "unit"}
-        return [latest_row[u.key] | {"refs": refs.get(latest_row[u.key]["pass"], {})} for u in self._units() if u.key in latest_row]
+        return [
+            latest_row[u.key] | {"refs": refs.get(latest_row[u.key]["pass"], {})}
+            for u in self._units()
+            if u.key in latest_row
+        ]
 
     def _units(self) -> list[Unit]:
         order = {m: i for i, m in enumerate(self.task.config()["methods"])}
@@ -123,18 +128,25 @@ class Comparison:
 
     def table(self) -> Table:
         """The table for a terminal of 100 columns, as a rich renderable."""
-        return report.table(self.page())
+        return table(self.page())
 
-    def page(self) -> report.Page:
+    def page(self) -> Page:
         """What the table and the report show."""
         task, config = self.task, self.task.config()
         whole = len(task.units())
-        facts = {"model": str(config["model"]), "task": str(config["task"]), "measured": f"{len(self.lines)} of {whole} units"}
+        facts = {
+            "model": str(config["model"]),
+            "task": str(config["task"]),
+            "measured": f"{len(self.lines)} of {whole} units",
+        }
         if self.rows:
             where = self.rows[-1]["environment"]
-            facts |= {k: ", ".join(f"{a} {b}" for a, b in v.items()) if isinstance(v, dict) else str(v) for k, v in where.items()}
+            facts |= {
+                k: ", ".join(f"{a} {b}" for a, b in v.items()) if isinstance(v, dict) else str(v)
+                for k, v in where.items()
+            }
         overall = self.by("method")
-        return report.Page(
+        return Page(
             title=f"{task.family} on {config['model']}",
             headline=self.headline,
             measures=task.measures,
@@ -151,13 +163,14 @@ class Comparison:
         )
 
     @property
-    def report_path(self) -> Path:
+    def report(self) -> Path:
         return self.folder / "report.html"
 
     @property
     def how_to_resume(self) -> str:
-        done, whole = len({(r["method"], r["seed"], r["item"]) for r in self.rows if r["role"] == "unit"}), len(self.task.units())
-        return f"stopped with {done} of {whole} measured and kept; go on with the same command and --resume --name {self.folder.name}"
+        done = len({(r["method"], r["seed"], r["item"]) for r in self.rows if r["role"] == "unit"})
+        kept = f"stopped with {done} of {len(self.task.units())} measured and kept"
+        return f"{kept}; go on with the same command and --resume --name {self.folder.name}"
 
 
 def compare(
@@ -186,7 +199,7 @@ def compare(
     with Store(folder, name, task.config(), resume=resume) as store:
         interrupted = _measure(task, store, where)
         result = Comparison(task, store.folder, list(store.rows), interrupted)
-    write_atomically(result.report_path, report.html(result.page()))
+    write_atomically(result.report, html(result.page()))
     return result
 
 
@@ -210,4 +223,3 @@ def _measure(task: Task, store: Store, where: Engine) -> bool:
         finally:
             rows.close()
     return False
-

@@ -1,23 +1,22 @@
 """``locum compare decode``: our decoders, plain decoding and transformers' own, on the same prompts, side by side."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import ClassVar
 
 from locum.bench.compare import Kind, Task
-from locum.bench.decode_measures import MEASURES
+from locum.bench.decode_measures import MEASURES, PEERS
 from locum.bench.engines import Runner, Unit
 from locum.bench.measures import Measure
-from locum.bench.prompts import read_prompts
 from locum.bench.store import Row
 from locum.errors import unknown
 from locum.method import names, require
+from locum.tasks.prompts import prompts, read_prompts
 
-__all__ = ["PEERS", "DecodeTask", "decode_methods"]
+__all__ = ["DecodeTask", "decode_methods"]
 
-PEERS = ("transformers", "transformers-lookup", "transformers-assisted")
 ORDER = ("plain", *PEERS, "lookup", "chain", "spectr", "dyspec", "tokenrecycling", "graft", "auto")
 
 
@@ -76,15 +75,13 @@ class DecodeTask(Task):
     @cached_property
     def examples(self) -> tuple[tuple[str, str], ...]:
         """(group, text) of every prompt."""
-        if self.prompts is not None:
-            return tuple(read_prompts(Path(self.prompts)))
-        from locum.tasks import prompts
-
-        taken: dict[str, int] = {}
+        every = prompts() if self.prompts is None else read_prompts(self.prompts)
+        few = self.per_group if self.prompts is None else 0
+        groups = Counter[str]()
         chosen = []
-        for prompt in prompts():
-            taken[prompt.group] = taken.get(prompt.group, 0) + 1
-            if not self.per_group or taken[prompt.group] <= self.per_group:
+        for prompt in every:
+            groups[prompt.group] += 1
+            if not few or groups[prompt.group] <= few:
                 chosen.append((prompt.group, prompt.text))
         return tuple(chosen)
 
@@ -97,7 +94,15 @@ class DecodeTask(Task):
     @property
     def columns(self) -> tuple[str, ...]:
         text = "identical_to_greedy" if self.temperature == 0 else "law"
-        return "tokens_per_forward", "tokens_per_second", "vs_plain", "vs_transformers", text, "draft_share", "peak_memory_mb"
+        return (
+            "tokens_per_forward",
+            "tokens_per_second",
+            "vs_plain",
+            "vs_transformers",
+            text,
+            "draft_share",
+            "peak_memory_mb",
+        )
 
     @property
     def cores(self) -> int:
@@ -132,7 +137,16 @@ class DecodeTask(Task):
     def open(self) -> Runner:
         from locum.bench.decode_runner import DecodeRunner  # brings torch
 
-        return DecodeRunner(self)
+        return DecodeRunner(
+            model=self.model,
+            draft=self.draft,
+            methods=self.chosen,
+            prompts=self.items(),
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            dtype=self.dtype,
+            device=self.device,
+        )
 
     def items(self) -> list[str]:
         return [text for _, text in self.examples]
@@ -142,19 +156,23 @@ class DecodeTask(Task):
 
     def headline(self, overall: Sequence[Row], groups: Sequence[Row]) -> str:
         """The fastest method whose text is the model's own; speed against transformers' generate."""
-        sound = [r for r in overall if r["ratios"].get(self.main) is not None and r["fidelity"]["identical_to_greedy"] is not False]
+        sound = [
+            r
+            for r in overall
+            if r["ratios"].get(self.main) is not None and r["fidelity"]["identical_to_greedy"] is not False
+        ]
         if not sound:
             return "Nothing to say yet: no method has been measured beside transformers' generate."
         best = max(sound, key=lambda r: r["ratios"][self.main])
         value, limits = best["ratios"][self.main], best["ratios"][f"{self.main}_interval"]
         shown = f"{value:.2f}×" + (f" (95 % interval {limits[0]:.2f}–{limits[1]:.2f})" if limits else "")
         if value <= 1 or (limits and limits[0] <= 1) or best["method"] == "transformers":
-            return f"Nothing here is surely faster than transformers' generate: the best, {best['method']}, runs at {shown} its speed."
+            name = best["method"]
+            return f"Nothing here is surely faster than transformers' generate: the best, {name}, runs at {shown} its speed."
         mine = {r["group"]: r["ratios"][self.main] for r in groups if r["method"] == best["method"]}
         spread = ", ".join(f"{v:.2f}× on {g}" for g, v in mine.items() if v is not None) if len(mine) > 1 else ""
         same = {True: "the text is greedy decoding's, token for token", None: "the text has exactly the model's law"}
-        return f"Use {best['method']}: {shown} the speed of transformers' generate{' (' + spread + ')' if spread else ''}; " + (
-            same[best["fidelity"]["identical_to_greedy"]] + "."
+        return (
+            f"Use {best['method']}: {shown} the speed of transformers' generate{' (' + spread + ')' if spread else ''}; "
+            + (same[best["fidelity"]["identical_to_greedy"]] + ".")
         )
-
-

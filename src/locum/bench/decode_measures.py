@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from locum.bench.measures import Measure, median, paired, ratio, total
 from locum.bench.store import Row
 
-__all__ = ["MEASURES"]
+__all__ = ["MEASURES", "PEERS"]
+
+PEERS = ("transformers", "transformers-lookup", "transformers-assisted")  # what is measured beside our own methods
 
 
 def _rate(line: Row) -> float | None:
@@ -49,16 +51,63 @@ def _memory(lines: Sequence[Row]) -> float | None:
 _plain, _transformers = (paired("tokens_per_second", r) for r in ("plain", "transformers"))
 
 MEASURES = (
-    Measure("tokens_per_forward", "fidelity", "tokens / forward", "", "higher", "new tokens by forwards of the model, the one over the prompt included", ratio("tokens", "forwards")),
-    Measure("tokens_per_second", "cost", "tokens / s", "", "higher", "new tokens by wall seconds of the whole call, prompt included; median over prompts", median(_rate), _rate, digits=1),
-    Measure("vs_plain", "ratios", "vs plain", "", "higher", "tokens/s by those of our plain decoder on the same prompt in the same pass; median over prompts", median(_plain), _plain),
-    Measure("vs_transformers", "ratios", "vs transformers", "", "higher", "tokens/s by those of transformers' generate on the same prompt in the same pass; median over prompts", median(_transformers), _transformers),
-    Measure("identical_to_greedy", "fidelity", "same text", "", "yes", "whether every token is that of transformers' greedy generate (temperature 0); in float32 it must be, in half precision near-ties may fall otherwise", _identical),
-    Measure("agreement", "fidelity", "same up to", "%", "higher", "share of the tokens before the first difference to transformers' greedy text; mean over prompts", _agreement),
-    Measure("law", "fidelity", "law", "", "", "exact law: the verifier is exact for the way the drafts were drawn, so sampled text has the model's law; this is by construction and is tested, not measured here", _law),
-    Measure("accepted_share", "fidelity", "from draft", "%", "", "share of the new tokens that came from an accepted draft", ratio("accepted", "tokens")),
-    Measure("log_likelihood", "quality", "log-likelihood", "nats/token", "higher", "mean log-probability of the text's tokens under the model at temperature 1; median over prompts", median(_log_likelihood), _log_likelihood, digits=3),
+    Measure(
+        "tokens_per_forward", "fidelity", "tokens / forward", "", "higher",
+        "new tokens by forwards of the model, the one over the prompt included",
+        ratio("tokens", "forwards"),
+    ),
+    Measure(
+        "tokens_per_second", "cost", "tokens / s", "", "higher",
+        "new tokens by wall seconds of the whole call, prompt included; median over prompts",
+        median(_rate), _rate, digits=1,
+    ),
+    Measure(
+        "vs_plain", "ratios", "vs plain", "", "higher",
+        "tokens/s by those of our plain decoder on the same prompt in the same pass; median over prompts",
+        median(_plain), _plain,
+    ),
+    Measure(
+        "vs_transformers", "ratios", "vs transformers", "", "higher",
+        "tokens/s by those of transformers' generate on the same prompt in the same pass; median over prompts",
+        median(_transformers), _transformers,
+    ),
+    Measure(
+        "identical_to_greedy", "fidelity", "same text", "", "yes",
+        "whether every token is that of transformers' greedy generate (temperature 0); in float32 it must be, in half precision "
+        "near-ties may fall otherwise",
+        _identical,
+    ),
+    Measure(
+        "agreement", "fidelity", "same up to", "%", "higher",
+        "share of the tokens before the first difference to transformers' greedy text; mean over prompts",
+        _agreement,
+    ),
+    Measure(
+        "law", "fidelity", "law", "", "",
+        "exact law: the verifier is exact for the way the drafts were drawn, so sampled text has the model's law; this is by "
+        "construction and is tested, not measured here",
+        _law,
+    ),
+    Measure(
+        "accepted_share", "fidelity", "from draft", "%", "",
+        "share of the new tokens that came from an accepted draft",
+        ratio("accepted", "tokens"),
+    ),
+    Measure(
+        "log_likelihood", "quality", "log-likelihood", "nats/token", "higher",
+        "mean log-probability of the text's tokens under the model at temperature 1; median over prompts",
+        median(_log_likelihood), _log_likelihood, digits=3,
+    ),
     Measure("seconds", "cost", "seconds", "s", "lower", "wall seconds of all calls", total("seconds"), digits=1),
-    Measure("draft_share", "cost", "draft time", "%", "lower", "share of the time spent in drafting; for transformers, in the draft model's forwards", ratio("draft_seconds", "seconds")),
-    Measure("peak_memory_mb", "cost", "peak MB", "", "lower", "largest growth of memory in a call. CPU: resident memory of the process, peak less start (the kernel's mark), so memory that it already held does not count. CUDA: the allocator's peak less start", _memory, digits=0),
+    Measure(
+        "draft_share", "cost", "draft time", "%", "lower",
+        "share of the time spent in drafting; for transformers, in the draft model's forwards",
+        ratio("draft_seconds", "seconds"),
+    ),
+    Measure(
+        "peak_memory_mb", "cost", "peak MB", "", "lower",
+        "largest growth of memory in a call. CPU: resident memory of the process, peak less start (the kernel's mark), so memory "
+        "that it already held does not count. CUDA: the allocator's peak less start",
+        _memory, digits=0,
+    ),
 )  # fmt: skip

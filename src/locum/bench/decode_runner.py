@@ -3,15 +3,16 @@
 import gc
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from locum.bench.compare_decode import PEERS
+from locum.bench.decode_measures import PEERS
 from locum.bench.engines import Unit
 from locum.bench.machine import PeakMemory
 from locum.bench.store import Row
@@ -20,9 +21,6 @@ from locum.errors import UserError
 from locum.method import names
 from locum.models import LM, load, require_same_vocabulary
 from locum.tokens import Sampling
-
-if TYPE_CHECKING:
-    from locum.bench.compare_decode import DecodeTask
 
 __all__ = ["DecodeRunner", "Text", "pieces"]
 
@@ -57,32 +55,51 @@ class Text:
 
 
 class DecodeRunner:
-    """Holds the models of a `DecodeTask` and measures one unit at a time. Each method runs a few tokens first, off the clock."""
+    """Holds the models and measures one unit at a time. Each method runs a few tokens first, off the clock.
 
-    def __init__(self, task: "DecodeTask") -> None:
-        self.task = task
-        self.lm = load(task.model, dtype=task.dtype, device=task.device)
+    Raises:
+        UserError: for a model that cannot be had, a draft with another vocabulary, or a prompt that the model cannot hold.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        draft: str,
+        methods: Sequence[str],
+        prompts: Sequence[str],
+        max_new_tokens: int,
+        temperature: float,
+        dtype: str | None = None,
+        device: str | None = None,
+    ) -> None:
+        self.lm = load(model, dtype=dtype, device=device)
         ours = names("decode", "Drafter")
-        self.drafters = {m: ours[m]() for m in task.chosen if m not in PEERS}
+        self.drafters = {m: ours[m]() for m in methods if m not in PEERS}
         self.draft: LM | None = None
-        if "transformers-assisted" in task.chosen or any(d.needs_draft for d in self.drafters.values()):
-            self.draft = load(task.draft, dtype=task.dtype, device=task.device)
+        if "transformers-assisted" in methods or any(d.needs_draft for d in self.drafters.values()):
+            self.draft = load(draft, dtype=dtype, device=device)
             require_same_vocabulary(self.lm, self.draft)
-        self.prompts = [self._encode(text) for _, text in task.examples]
-        self.sampling = Sampling(temperature=task.temperature)
-        dtype = str(self.lm.dtype).removeprefix("torch.")
-        self.environment = {"dtype": dtype, "device": str(self.lm.device), "threads": torch.get_num_threads()}
+        self.max_new_tokens = max_new_tokens
+        self.prompts = [self._encode(text) for text in prompts]
+        self.sampling = Sampling(temperature=temperature)
+        self.environment = {
+            "dtype": str(self.lm.dtype).removeprefix("torch."),
+            "device": str(self.lm.device),
+            "threads": torch.get_num_threads(),
+        }
         self._warm: set[str] = set()
         self._likely: dict[tuple[int, tuple[int, ...]], float | None] = {}
 
     def __call__(self, unit: Unit) -> Row:
         if unit.method not in self._warm:
-            self._run(unit.method, self.prompts[0], min(WARM_TOKENS, self.task.max_new_tokens), seed=0)
+            self._run(unit.method, self.prompts[0], min(WARM_TOKENS, self.max_new_tokens), seed=0)
             self._warm.add(unit.method)
         gc.collect()
         with PeakMemory(self.lm.device.type) as memory:
             began = time.perf_counter()
-            text = self._run(unit.method, self.prompts[unit.item], self.task.max_new_tokens, seed=1000 * unit.seed + unit.item)
+            text = self._run(
+                unit.method, self.prompts[unit.item], self.max_new_tokens, seed=1000 * unit.seed + unit.item
+            )
             seconds = time.perf_counter() - began
         return {
             "ids": text.ids,
@@ -97,7 +114,7 @@ class DecodeRunner:
             "memory_how": memory.how,
             "log_likelihood": self._log_likelihood(unit.item, text.ids),
             "sample": {
-                "pieces": pieces(self.lm, text.ids),
+                "pieces": pieces(partial(self.lm.decode, skip_special_tokens=False), text.ids),
                 "step": [step for step, gain in enumerate(text.gains) for _ in range(gain)],
                 "depth": text.depth,
                 "times": [round(t, 4) for t in text.ends],
@@ -107,9 +124,9 @@ class DecodeRunner:
     def _encode(self, text: str) -> list[int]:
         ids = self.lm.chat(text)
         limit = getattr(self.lm.model.config, "max_position_embeddings", None)
-        if limit is not None and len(ids) + self.task.max_new_tokens > limit:
+        if limit is not None and len(ids) + self.max_new_tokens > limit:
             raise UserError(
-                f"a prompt of {len(ids)} tokens and max_new_tokens={self.task.max_new_tokens} "
+                f"a prompt of {len(ids)} tokens and max_new_tokens={self.max_new_tokens} "
                 f"exceed the {limit} positions of model {self.lm.name!r}: {text[:40]!r}"
             )
         return ids
@@ -123,7 +140,9 @@ class DecodeRunner:
     def _ours(self, method: str, prompt: list[int], tokens: int, seed: int) -> Text:
         drafter = self.drafters[method]
         draft = self.draft if drafter.needs_draft else None
-        [made] = generate(self.lm, [prompt], drafter=drafter, draft=draft, sampling=self.sampling, max_new_tokens=tokens, seed=seed)
+        [made] = generate(
+            self.lm, [prompt], drafter=drafter, draft=draft, sampling=self.sampling, max_new_tokens=tokens, seed=seed
+        )
         lengths = [0]  # tokens of each forward: the model's own token ends one
         for source in made.sources:
             lengths[-1] += 1
@@ -217,14 +236,14 @@ def _timed(lm: LM | None) -> Iterator[list[float]]:
             hook.remove()
 
 
-def pieces(lm: LM, ids: Sequence[int]) -> list[str]:
+def pieces(decode: Callable[[Sequence[int]], str], ids: Sequence[int]) -> list[str]:
     """The text of each token, such that together they are the whole; a character spread over tokens comes with its last."""
     found: list[str] = []
     start = 0
     for end in range(1, len(ids) + 1):
         lead = max(0, start - 4)  # a few tokens before: some tokenizers drop the space of a text's first token
-        before = lm.decode(ids[lead:start], skip_special_tokens=False)
-        text = lm.decode(ids[lead:end], skip_special_tokens=False)
+        before = decode(ids[lead:start])
+        text = decode(ids[lead:end])
         if text.endswith("\ufffd") and end < len(ids):
             found.append("")
             continue

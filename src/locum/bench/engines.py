@@ -151,18 +151,25 @@ class Ray:
 
     def _rows(self, ready: Any, members: Sequence[Unit]) -> list[Row]:
         try:
-            return self._ray.get(ready)  # type: ignore[no-any-return]
+            return list(self._ray.get(ready))
         except self._ray.exceptions.RayTaskError as error:
             raise error.cause from None  # what the user did wrong is said as it is said without Ray
         except self._ray.exceptions.RayError as error:  # the worker died: out of memory, a node gone
             text = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-            lost = {"pass": uuid.uuid4().hex[:12], "order": 0, "role": "unit", "error": text, "environment": environment()}
+            lost = {
+                "pass": uuid.uuid4().hex[:12],
+                "order": 0,
+                "role": "unit",
+                "error": text,
+                "environment": environment(),
+            }
             return [asdict(u) | lost for u in members]
 
 
 @functools.lru_cache(maxsize=1)
 def _opened(task: Any) -> Runner:
-    return task.open()  # type: ignore[no-any-return]
+    run: Runner = task.open()
+    return run
 
 
 def _on_worker(task: Any, units: Sequence[Unit]) -> list[Row]:

@@ -112,10 +112,13 @@ def summary(lines: Sequence[Row], measures: Iterable[Measure]) -> dict[str, dict
     return figures
 
 
-def aggregate(lines: Sequence[Row], measures: Sequence[Measure], by: Sequence[str] = ("method", "group", "seed")) -> list[Row]:
+def aggregate(
+    lines: Sequence[Row], measures: Sequence[Measure], by: Sequence[str] = ("method", "group", "seed")
+) -> list[Row]:
     """One row per combination of the `by` columns, in the order in which they first come; failed lines leave their error.
 
-    ``{"method", "group", "seed", "quality": {..}, "cost": {..}, "fidelity": {..}, "ratios": {..}}`` and, where a line failed, "error".
+    A row is ``{"method", "group", "seed", "quality": {..}, "cost": {..}, "fidelity": {..}, "ratios": {..}}`` and, where a line
+    failed, "error".
     """
     cells: dict[tuple[Any, ...], list[Row]] = {}
     for line in lines:

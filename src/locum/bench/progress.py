@@ -15,8 +15,8 @@ _EVERY = 5.0  # seconds between two plain lines
 class Bar:
     """Progress of `total` steps of work.
 
-        with Bar("compare decode", total=99) as bar:
-            bar.step("lookup on code 2")
+    with Bar("compare decode", total=99) as bar:
+        bar.step("lookup on code 2")
     """
 
     def __init__(self, title: str, total: float) -> None:
@@ -53,13 +53,19 @@ class Bar:
         if now - self._said >= _EVERY or self.done >= self.total:
             self._said = now
             left = (now - self._began) / max(self.done, 1e-9) * (self.total - self.done)
-            print(f"{self.title}: {self.done:.0f}/{self.total:.0f} {text}, about {left:.0f} s left", file=sys.stderr, flush=True)
+            print(
+                f"{self.title}: {self.done:.0f}/{self.total:.0f} {text}, about {left:.0f} s left",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def __enter__(self) -> "Bar":
         if self._progress is not None:
             self._progress.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._progress is not None:
             self._progress.stop()

@@ -74,7 +74,7 @@ def cell(row: Row, measure: Measure, interval: bool = True) -> str:
 
 def table(page: Page) -> Table:
     """The table for a terminal of 100 columns: figures over all items, then the main ratio per group."""
-    shown = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), caption=RichText(page.headline), caption_justify="left")
+    shown = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     shown.add_column("method", no_wrap=True)
     main = page.measure(page.main)
     wide = [page.measure(k) for k in page.columns]
@@ -135,13 +135,21 @@ def _html_table(page: Page) -> str:
         for m in page.measures:
             mark = ' class="best"' if best[m.key] is not None and row[m.section].get(m.key) == best[m.key] else ""
             value, _, limits = cell(row, m).partition(" (")
-            cells.append(f"<td{mark}>{_text(value)}" + (f"<small>{_text(limits.rstrip(')'))}</small>" if limits else "") + "</td>")
-        body.append(f'<tr class="{page.kinds[row["method"]]}"><th scope="row">{_text(row["method"])}</th>{"".join(cells)}</tr>')
+            cells.append(
+                f"<td{mark}>{_text(value)}"
+                + (f"<small>{_text(limits.rstrip(')'))}</small>" if limits else "")
+                + "</td>"
+            )
+        body.append(
+            f'<tr class="{page.kinds[row["method"]]}"><th scope="row">{_text(row["method"])}</th>{"".join(cells)}</tr>'
+        )
     return f'<table><thead><tr><th scope="col">method</th>{heads}</tr></thead><tbody>{"".join(body)}</tbody></table>'
 
 
 def _best(rows: Sequence[Row], measure: Measure) -> float | None:
-    values = [v for r in rows if isinstance(v := r[measure.section].get(measure.key), int | float) and not isinstance(v, bool)]
+    values = [
+        v for r in rows if isinstance(v := r[measure.section].get(measure.key), int | float) and not isinstance(v, bool)
+    ]
     if not values or measure.better not in ("higher", "lower") or len(set(values)) == 1:
         return None
     return max(values) if measure.better == "higher" else min(values)

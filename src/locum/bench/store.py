@@ -70,7 +70,9 @@ class Lines:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(f"{path} is being written by another process: wait for it, or choose another --name") from None
+            raise UserError(
+                f"{path} is being written by another process: wait for it, or choose another --name"
+            ) from None
 
     def _read(self, path: Path) -> list[Row]:
         self._file.seek(0)
@@ -83,7 +85,9 @@ class Lines:
             try:
                 rows.append(json.loads(line))
             except ValueError:
-                raise UserError(f"{path} is damaged at line {number}, which is not JSON: delete that line to go on") from None
+                raise UserError(
+                    f"{path} is damaged at line {number}, which is not JSON: delete that line to go on"
+                ) from None
         return rows
 
 

@@ -83,7 +83,9 @@ def load_claim(slug: str, claims: Path | None = None) -> Claim:
     if slug not in available(folder):
         if find(slug, default=None) is None:
             raise unknown("paper", slug, available(folder))
-        raise UserError(f"{slug} has no claim that runs yet: `locum papers` shows which have (here: {_listed(available(folder))})")
+        raise UserError(
+            f"{slug} has no claim that runs yet: `locum papers` shows which have (here: {_listed(available(folder))})"
+        )
     spec = importlib.util.spec_from_file_location(f"locum_claims_{slug}", path)
     assert spec is not None
     assert spec.loader is not None
@@ -211,7 +213,11 @@ def _code(claim: Path) -> str:
 
     Comments and layout do not count.
     """
-    package = (p for p in sorted(ROOT.rglob("*.py")) if p.relative_to(ROOT).parts[0] not in ("bench", "web", "cli.py", "claims"))
+    package = (
+        p
+        for p in sorted(ROOT.rglob("*.py"))
+        if p.relative_to(ROOT).parts[0] not in ("bench", "web", "cli.py", "claims")
+    )
     return hashlib.sha256("\n".join(_syntax(p) for p in [claim, *package]).encode()).hexdigest()[:16]
 
 
