@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 __all__ = ["Bar", "Point", "bars", "frontier"]
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 560, 400, 46, 150, 14, 44
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 640, 400, 46, 190, 14, 44
 GAP = 19  # between two labels' baselines
 
 

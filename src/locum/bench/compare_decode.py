@@ -11,12 +11,14 @@ from locum.bench.decode_measures import MEASURES, PEERS
 from locum.bench.engines import Runner, Unit
 from locum.bench.measures import Measure
 from locum.bench.store import Row
-from locum.errors import unknown
+from locum.errors import UserError, unknown
 from locum.method import names, require
 from locum.tasks.prompts import prompts, read_prompts
 
 __all__ = ["DecodeTask", "decode_methods"]
 
+ASSISTED = "transformers-assisted"
+SHIPPED = {"smollm2-135m-instruct": "smollm2-draft"}  # models that come with a draft
 ORDER = ("plain", *PEERS, "lookup", "chain", "spectr", "dyspec", "tokenrecycling", "graft", "auto")
 
 
@@ -32,7 +34,8 @@ class DecodeTask(Task):
 
     Args:
         model: the model that is decoded: a shipped name, a path, or a hub name.
-        draft: the small model that some methods draft with; it must have the model's vocabulary.
+        draft: the small model that some methods draft with; it must have the model's vocabulary. When left out, the shipped draft
+            for the shipped model; other models run without, and without the methods that need one.
         prompts: a file, one prompt a line, or .jsonl with "prompt" and "group"; the shipped prompts when left out.
         per_group: how many of the shipped prompts to take of each group; 0 for all. A file is always taken whole.
         methods: which to compare; all when left out. Plain decoding and transformers' generate always run: the ratios need them.
@@ -51,7 +54,7 @@ class DecodeTask(Task):
     ideal: ClassVar[str] = "speed = tokens per forward: drafting and wide forwards would cost nothing"
 
     model: str = "smollm2-135m-instruct"
-    draft: str = "smollm2-draft"
+    draft: str | None = None
     prompts: str | None = None
     per_group: int = 3
     methods: tuple[str, ...] = ()
@@ -87,9 +90,26 @@ class DecodeTask(Task):
 
     @cached_property
     def chosen(self) -> tuple[str, ...]:
-        """The methods that run, in the order of the table."""
-        wanted = {m.lower() for m in self.methods} or set(decode_methods())
-        return tuple(m for m in decode_methods() if m in wanted or m in self.references)
+        """The methods that run, in the order of the table.
+
+        Raises:
+            UserError: for a method that needs a draft model where there is none.
+        """
+        asked = {m.lower() for m in self.methods}
+        if self.draft_name is None:
+            ours = names("decode", "Drafter")  # looking one up loads torch: not before it must be known
+            needy = {m for m in asked or decode_methods() if m == ASSISTED or (m in ours and ours[m]().needs_draft)}
+            if refused := asked & needy:
+                raise UserError(
+                    f"method {min(refused)} needs a draft model with the vocabulary of {self.model!r}: give --draft"
+                )
+            asked = asked or set(decode_methods()) - needy
+        return tuple(m for m in decode_methods() if not asked or m in asked or m in self.references)
+
+    @property
+    def draft_name(self) -> str | None:
+        """The draft model that is used."""
+        return self.draft or SHIPPED.get(self.model)
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -120,7 +140,7 @@ class DecodeTask(Task):
             "family": self.family,
             "task": f"{len(self.examples)} prompts, {self.max_new_tokens} new tokens each, {how}",
             "model": self.model,
-            "draft": self.draft,
+            "draft": self.draft_name,
             "methods": list(self.chosen),
             "max_new_tokens": self.max_new_tokens,
             "temperature": self.temperature,
@@ -139,7 +159,7 @@ class DecodeTask(Task):
 
         return DecodeRunner(
             model=self.model,
-            draft=self.draft,
+            draft=self.draft_name,
             methods=self.chosen,
             prompts=self.items(),
             max_new_tokens=self.max_new_tokens,
@@ -156,17 +176,14 @@ class DecodeTask(Task):
 
     def headline(self, overall: Sequence[Row], groups: Sequence[Row]) -> str:
         """The fastest method whose text is the model's own; speed against transformers' generate."""
-        sound = [
-            r
-            for r in overall
-            if r["ratios"].get(self.main) is not None and r["fidelity"]["identical_to_greedy"] is not False
-        ]
+        known = [r for r in overall if r["ratios"].get(self.main) is not None and r["method"] != "transformers"]
+        sound = [r for r in known if r["fidelity"]["identical_to_greedy"] is not False]
         if not sound:
-            return "Nothing to say yet: no method has been measured beside transformers' generate."
+            return "Nothing to say yet: no method has given the right text beside transformers' generate."
         best = max(sound, key=lambda r: r["ratios"][self.main])
         value, limits = best["ratios"][self.main], best["ratios"][f"{self.main}_interval"]
         shown = f"{value:.2f}×" + (f" (95 % interval {limits[0]:.2f}–{limits[1]:.2f})" if limits else "")
-        if value <= 1 or (limits and limits[0] <= 1) or best["method"] == "transformers":
+        if value <= 1 or (limits and limits[0] <= 1):
             name = best["method"]
             return f"Nothing here is surely faster than transformers' generate: the best, {name}, runs at {shown} its speed."
         mine = {r["group"]: r["ratios"][self.main] for r in groups if r["method"] == best["method"]}

@@ -39,8 +39,8 @@ def _agreement(lines: Sequence[Row]) -> float | None:
     return sum(shares) / len(shares) if shares else None
 
 
-def _law(lines: Sequence[Row]) -> str:
-    return "greedy" if all(line["raw"]["greedy"] for line in lines) else "exact law"
+def _law(lines: Sequence[Row]) -> str | None:
+    return None if any(line["raw"]["greedy"] for line in lines) else "exact law"
 
 
 def _memory(lines: Sequence[Row]) -> float | None:
@@ -52,12 +52,12 @@ _plain, _transformers = (paired("tokens_per_second", r) for r in ("plain", "tran
 
 MEASURES = (
     Measure(
-        "tokens_per_forward", "fidelity", "tokens / forward", "", "higher",
+        "tokens_per_forward", "fidelity", "tokens/ forward", "", "higher",
         "new tokens by forwards of the model, the one over the prompt included",
         ratio("tokens", "forwards"),
     ),
     Measure(
-        "tokens_per_second", "cost", "tokens / s", "", "higher",
+        "tokens_per_second", "cost", "tokens /s", "", "higher",
         "new tokens by wall seconds of the whole call, prompt included; median over prompts",
         median(_rate), _rate, digits=1,
     ),

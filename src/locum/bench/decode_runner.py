@@ -64,7 +64,7 @@ class DecodeRunner:
     def __init__(
         self,
         model: str,
-        draft: str,
+        draft: str | None,
         methods: Sequence[str],
         prompts: Sequence[str],
         max_new_tokens: int,
@@ -76,7 +76,7 @@ class DecodeRunner:
         ours = names("decode", "Drafter")
         self.drafters = {m: ours[m]() for m in methods if m not in PEERS}
         self.draft: LM | None = None
-        if "transformers-assisted" in methods or any(d.needs_draft for d in self.drafters.values()):
+        if draft is not None and set(methods) - {"plain", "transformers", "transformers-lookup", "lookup"}:
             self.draft = load(draft, dtype=dtype, device=device)
             require_same_vocabulary(self.lm, self.draft)
         self.max_new_tokens = max_new_tokens
@@ -139,9 +139,14 @@ class DecodeRunner:
 
     def _ours(self, method: str, prompt: list[int], tokens: int, seed: int) -> Text:
         drafter = self.drafters[method]
-        draft = self.draft if drafter.needs_draft else None
         [made] = generate(
-            self.lm, [prompt], drafter=drafter, draft=draft, sampling=self.sampling, max_new_tokens=tokens, seed=seed
+            self.lm,
+            [prompt],
+            drafter=drafter,
+            draft=self.draft,
+            sampling=self.sampling,
+            max_new_tokens=tokens,
+            seed=seed,
         )
         lengths = [0]  # tokens of each forward: the model's own token ends one
         for source in made.sources:

@@ -69,28 +69,38 @@ def cell(row: Row, measure: Measure, interval: bool = True) -> str:
         return value
     shown = f"{value * 100:.0f} %" if measure.unit == "%" else f"{value:.{measure.digits}f}"
     limits = row[measure.section].get(f"{measure.key}_interval") if interval else None
-    return f"{shown} ({limits[0]:.{measure.digits}f}–{limits[1]:.{measure.digits}f})" if limits else shown
+    if not limits or limits[0] == limits[1]:
+        return shown
+    return f"{shown} ({limits[0]:.{measure.digits}f}–{limits[1]:.{measure.digits}f})"
 
 
 def table(page: Page) -> Table:
     """The table for a terminal of 100 columns: figures over all items, then the main ratio per group."""
-    shown = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    shown = Table(box=SIMPLE_HEAD, pad_edge=False, padding=0)
     shown.add_column("method", no_wrap=True)
+    # Columns are as wide as their widest word or figure: a head is wrapped, a figure never.
     main = page.measure(page.main)
     wide = [page.measure(k) for k in page.columns]
     names = list(dict.fromkeys(r["group"] for r in page.groups))
     for measure in wide:
-        shown.add_column(measure.title, justify="right", no_wrap=measure.key == page.main)
-    for name in names if len(names) > 1 else ():
-        shown.add_column(f"on {name}", justify="right")
+        shown.add_column(
+            measure.title, justify="right", width=16 if measure.key == page.main else _width(measure.title)
+        )
+    names = names if 1 < len(names) <= 4 else []  # more have no room; the report shows them
+    for name in names:
+        shown.add_column(f"on {name}", justify="right", width=_width(name))
     for row in page.overall:
         cells = [cell(row, m, interval=m.key == page.main) for m in wide]
-        if len(names) > 1:
+        if names:
             by = {r["group"]: r for r in page.groups if r["method"] == row["method"]}
             cells += [cell(by[n], main, interval=False) if n in by else "–" for n in names]
         style = {"ours": "", "peer": "cyan", "plain": "dim"}[page.kinds[row["method"]]]
         shown.add_row(RichText(row["method"]), *cells, style=style)
     return shown
+
+
+def _width(title: str) -> int:
+    return min(9, max(5, *map(len, title.split())))
 
 
 def html(page: Page) -> str:
@@ -127,12 +137,13 @@ def _bars(page: Page) -> str:
 
 
 def _html_table(page: Page) -> str:
-    best = {m.key: _best(page.overall, m) for m in page.measures}
-    heads = "".join(f'<th scope="col" title="{_text(m.how)}">{_text(m.title)}{_unit(m)}</th>' for m in page.measures)
+    shown = [m for m in page.measures if any(r[m.section].get(m.key) is not None for r in page.overall)]
+    best = {m.key: _best(page.overall, m) for m in shown}
+    heads = "".join(f'<th scope="col" title="{_text(m.how)}">{_text(m.title)}{_unit(m)}</th>' for m in shown)
     body = []
     for row in page.overall:
         cells = []
-        for m in page.measures:
+        for m in shown:
             mark = ' class="best"' if best[m.key] is not None and row[m.section].get(m.key) == best[m.key] else ""
             value, _, limits = cell(row, m).partition(" (")
             cells.append(
