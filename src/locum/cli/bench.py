@@ -56,9 +56,11 @@ class Compare(Command):
 
     @classmethod
     def read(cls, args: Sequence[str]) -> "Compare":
-        if not args or args[0] in ("-h", "--help"):
+        if not args:
+            raise UserError(f"say which family to compare: {', '.join(TASKS)}")
+        if args[0] in ("-h", "--help"):
             print(f"usage: locum compare FAMILY ... (families: {', '.join(TASKS)}; locum compare decode --help)")
-            raise SystemExit(0 if args else 2)
+            raise SystemExit(0)
         family, *rest = args
         if family not in FAMILIES:
             raise unknown("family", family, FAMILIES)

@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import tyro
@@ -35,8 +35,8 @@ class Command:
         raise NotImplementedError
 
 
-def read(cls: type[T], name: str, args: Sequence[str]) -> T:
-    """Arguments as a dataclass.
+def read(cls: Callable[..., T], name: str, args: Sequence[str]) -> T:
+    """Arguments as a dataclass, or as the arguments of a function.
 
     Raises:
         UserError: for arguments that do not fit, in one sentence.

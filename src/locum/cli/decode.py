@@ -1,9 +1,7 @@
 """``locum decode``: the flags are the general ones below and the fields of the chosen method."""
 
 import dataclasses
-import re
 import sys
-import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +9,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from tyro import conf
 
-from locum.bench.prompts import read_prompts
 from locum.cli.command import Command, emit, quiet_stdout, read
+from locum.cli.flags import flags_of, method_name
 from locum.errors import MissingExtra, UserError, unknown
-from locum.method import from_dict, from_yaml, names, require
+from locum.method import from_yaml, names, require
 
 if TYPE_CHECKING:
     from locum.decode.constraints import Constraint
@@ -24,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["Decode", "methods"]
 
 DEFAULT, CONSTRAINED = "auto", "awrs"
+MODEL, DRAFT = "smollm2-135m-instruct", "smollm2-draft"
 
 
 def methods() -> list[str]:
@@ -41,7 +40,7 @@ class Options:
         prompt: the text to answer or continue.
         prompts: a file of prompts instead: one a line, or .jsonl with "prompt".
         model: a shipped name, a path, or a hub name.
-        draft: the small model to draft with, for methods that need one.
+        draft: the small model to draft with, for methods that use one; smollm2-draft when left out.
         verifier: the rule that checks drafts; by default the exact one that accepts most.
         raw: continue the prompt as it is, without the model's chat template.
         max_new_tokens: how many tokens to generate at most.
@@ -62,8 +61,8 @@ class Options:
     method: str = DEFAULT
     prompt: str | None = None
     prompts: Path | None = None
-    model: str = "smollm2-135m-instruct"
-    draft: str = "smollm2-draft"
+    model: str = MODEL
+    draft: str | None = None
     verifier: str | None = None
     raw: bool = False
     max_new_tokens: int = 128
@@ -85,6 +84,8 @@ class Options:
         require(self, "seed", self.seed >= 0, ">= 0")
         if (self.prompt is None) == (self.prompts is None):
             raise UserError("give one of --prompt TEXT and --prompts FILE")
+        if self.prompt == "":
+            raise UserError("--prompt must hold at least one character, got ''")
         if sum(c is not None for c in self.constraints) > 1:
             raise UserError("give only one of --regex, --json-schema and --grammar")
 
@@ -115,26 +116,27 @@ class Decode(Command):
         known = names("decode")
         if chosen.lower() not in methods():
             raise unknown("method of decode", chosen, methods())
-        make, build = _flags(known[chosen.lower()])
+        make, build = flags_of(known[chosen.lower()], taken={f.name for f in dataclasses.fields(Options)})
 
         def both(general: Options, method: make) -> tuple[Options, Any]:  # type: ignore[valid-type]
             return general, method
 
         both.__doc__ = f"Continue a text with one method, here {chosen} (of {', '.join(methods())})."
-        options, fields = read(both, cls.name, args)  # type: ignore[arg-type]
+        options, fields = read(both, cls.name, args)
         return cls(options, build(fields))
 
     def run(self) -> int:
-        o, name = self.options, type(self.method).__name__.lower()
+        o, name = self.options, method_name(self.method)
         if any(o.constraints) and name != "awrs":
             raise UserError(f"a constraint needs --method awrs, got --method {name}")
         if name == "awrs" and not any(o.constraints):
             raise UserError("awrs needs a constraint: --regex, --json-schema or --grammar")
         from locum import models
         from locum.decode import Drafter
+        from locum.tasks import read_prompts
         from locum.tokens import Sampling
 
-        prompts = [o.prompt] if o.prompt is not None else [text for _, text in read_prompts(o.prompts or Path())]
+        prompts = [o.prompt] if o.prompt is not None else [p.text for p in read_prompts(o.prompts or Path())]
         temperature = o.temperature if o.temperature is not None else float(name == "awrs")
         sampling = Sampling(temperature, o.top_k, o.top_p, o.min_p)
         constraint = self._constraint()
@@ -177,7 +179,10 @@ class Decode(Command):
         from locum.decode import generate
 
         o = self.options
-        draft = models.load(o.draft, dtype=o.dtype, device=o.device) if self.method.needs_draft else None
+        wants = self.method.needs_draft or (
+            (o.draft or o.model == MODEL) and any(d.needs_draft for d in getattr(self.method, "drafters", ()))
+        )  # a choice among drafters goes without a draft model where there is none
+        draft = models.load(o.draft or DRAFT, dtype=o.dtype, device=o.device) if wants else None
         state, rows = self.method.start(model, draft), []
         for number, prompt in enumerate(prompts):
             made = generate(
@@ -225,7 +230,7 @@ class Decode(Command):
     def _end(self, said: str) -> None:
         if not self.options.json:
             _write("\n")
-        print(f"[{type(self.method).__name__.lower()}: {said}]", file=sys.stderr, flush=True)
+        print(f"[{method_name(self.method)}: {said}]", file=sys.stderr, flush=True)
 
 
 def _write(text: str) -> None:
@@ -250,34 +255,3 @@ def _chosen(args: list[str]) -> str:
             return arg.removeprefix("--method=")
     constrained = any(a.split("=")[0] in ("--regex", "--json-schema", "--grammar") for a in args)
     return CONSTRAINED if constrained else DEFAULT
-
-
-def _flags(cls: type) -> tuple[type, Any]:
-    """A dataclass with the method's fields as flags, and what makes the method of it.
-
-    A field that holds a method is given by that method's name; a field named like a general option gets the method's
-    name in front.
-    """
-    taken = {f.name for f in dataclasses.fields(Options)}
-    hints, flags, inner, renamed = typing.get_type_hints(cls), [], set(), {}
-    docs = cls.__doc__ or ""
-    for f in (f for f in dataclasses.fields(cls) if f.init):
-        value = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-        flag = f"{cls.__name__.lower()}_{f.name}" if f.name in taken else f.name
-        renamed[flag] = f.name
-        docs = re.sub(rf"^(\s+){f.name}:", rf"\1{flag}:", docs, flags=re.MULTILINE)
-        if dataclasses.is_dataclass(hints[f.name]):
-            inner.add(flag)
-            flags.append((flag, str, dataclasses.field(default=type(value).__name__.lower())))
-        elif value is dataclasses.MISSING:
-            flags.append((flag, hints[f.name], dataclasses.field()))
-        else:
-            flags.append((flag, hints[f.name], dataclasses.field(default=value)))
-    made = dataclasses.make_dataclass(cls.__name__, flags, namespace={"__doc__": docs}, frozen=True)
-
-    def build(values: Any) -> Any:
-        given = {flag: getattr(values, flag) for flag, *_ in flags}
-        made = {flag: from_dict({"method": f"decode.{given[flag]}"}) for flag in inner}
-        return cls(**{renamed[flag]: value for flag, value in (given | made).items()})
-
-    return made, build
