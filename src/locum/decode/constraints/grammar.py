@@ -3,7 +3,7 @@
 import re
 
 from lark import Lark
-from lark.exceptions import LarkError, UnexpectedInput
+from lark.exceptions import UnexpectedInput
 
 from locum.decode.constraints.base import Constraint
 from locum.decode.constraints.cfg import ContextFree
@@ -31,7 +31,7 @@ class Grammar(ContextFree):
             lark = Lark(text, start=start, parser="earley", lexer="dynamic_complete", maybe_placeholders=False)
         except UnexpectedInput as error:
             raise UserError(f"grammar does not parse at line {error.line}, column {error.column}") from error
-        except (LarkError, re.error) as error:
+        except Exception as error:  # Lark lets the errors of its regular expression engine through, of whatever class
             raise UserError(f"grammar does not parse: {_first_line(error)}") from error
         used = {symbol.name for rule in lark.rules for symbol in rule.expansion if symbol.is_term}
         used |= set(lark.ignore_tokens)

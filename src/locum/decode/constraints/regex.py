@@ -112,6 +112,9 @@ def machine(pattern: str, what: str = "regular expression") -> FSM:
         re.compile(pattern)
     except re.error as error:
         raise UserError(f"{what} {pattern!r} does not parse: {error}") from error
+    # interegular takes look-ahead, but a(?!b)c? does not match "a" there: better none than a wrong one.
+    if re.search(r"(?<!\\)(?:\\\\)*\(\?[=!]", pattern):
+        raise UserError(f"{what} {pattern!r} cannot become an automaton: look-ahead is not supported")
     # Anchors at the two ends say what already holds here; \uXXXX is known to Python's re but not to interegular.
     body = re.sub(r"^\^|(?<!\\)((?:\\\\)*)\$$", r"\1", pattern)
     body = re.sub(r"(?<!\\)((?:\\\\)*)\\u([0-9a-fA-F]{4})", lambda m: m[1] + _character(m[2]), body)
@@ -139,7 +142,7 @@ class Regex(ByteAutomaton):
     """Texts that a regular expression matches from beginning to end.
 
     Python's syntax as far as it is regular; `.` is any character but a newline, and `\\d`, `\\w`, `\\s` are the ASCII
-    ones. Back references, look-behind and word boundaries are refused.
+    ones. Back references, look-around and word boundaries are refused.
 
     Raises: UserError for a pattern that does not parse (with the position), is not regular, or matches nothing.
     """

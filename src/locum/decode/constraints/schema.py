@@ -12,7 +12,10 @@ from locum.decode.constraints.regex import ByteAutomaton, Regex, from_machine, m
 from locum.errors import UserError
 
 _PLAIN = r'[^"\\\x00-\x1f]'
-_CHARACTER = _PLAIN + r'|\\["\\/bfnrt]|\\u([0-9A-Ca-cE-Fe-f][0-9A-Fa-f]{3}|[Dd][0-7][0-9A-Fa-f]{2})'
+_HEX = "[0-9A-Fa-f]"
+_BASIC = rf"\\u([0-9A-Ca-cE-Fe-f]{_HEX}{{3}}|[Dd][0-7]{_HEX}{{2}})"
+_PAIR = rf"\\u[Dd][89ABab]{_HEX}{{2}}\\u[Dd][C-Fc-f]{_HEX}{{2}}"  # two halves of one character
+_CHARACTER = rf'{_PLAIN}|\\["\\/bfnrt]|{_BASIC}|{_PAIR}'
 _INTEGER = r"-?(0|[1-9][0-9]*)"
 _NUMBER = _INTEGER + r"(\.[0-9]+)?([eE][+-]?[0-9]+)?"
 _TYPES = ("null", "boolean", "integer", "number", "string", "array", "object")
@@ -97,7 +100,7 @@ class _Compiler:
 
     def options(self, schema: Any, place: str) -> list[tuple[str, ...]]:
         if schema is True or schema == {}:
-            return [(self.typed(name, {}, f"any {name}"),) for name in _TYPES if name != "integer"]
+            return [(self.typed(name, {}, "any"),) for name in _TYPES if name != "integer"]
         if schema is False:
             return []
         if not isinstance(schema, Mapping):
@@ -117,7 +120,7 @@ class _Compiler:
             values = [schema["const"]] if keyword == "const" else schema["enum"]
             names = self.types(schema, place)
             return [(self.constant(v),) for v in values if any(_is(v, name) for name in names)]
-        return [(self.typed(name, schema, f"{place} {name}"),) for name in self.types(schema, place)]
+        return [(self.typed(name, schema, place),) for name in self.types(schema, place)]
 
     def alone(self, schema: Mapping[str, Any], keyword: str, place: str, also: str = "") -> None:
         for other in schema.keys() - _NOTES - {keyword, also}:
@@ -145,9 +148,10 @@ class _Compiler:
 
     def typed(self, name: str, schema: Mapping[str, Any], place: str) -> str:
         """The rule for values of one type."""
-        if place in self.rules:
-            return place
-        self.rules[place] = []
+        rule = f"{place} {name}"
+        if rule in self.rules:
+            return rule
+        self.rules[rule] = []
         options: list[tuple[str, ...]]
         match name:
             case "null":
@@ -164,8 +168,8 @@ class _Compiler:
                 options = self.array(schema, place)
             case _:
                 options = self.object(schema, place)
-        self.rules[place] = options
-        return place
+        self.rules[rule] = options
+        return rule
 
     def string(self, schema: Mapping[str, Any], place: str) -> list[tuple[str, ...]]:
         low, high = _bounds(schema, "minLength", "maxLength", place)
@@ -188,7 +192,7 @@ class _Compiler:
     def array(self, schema: Mapping[str, Any], place: str) -> list[tuple[str, ...]]:
         low, high = _bounds(schema, "minItems", "maxItems", place)
         item, comma = (self.value(schema.get("items", True), f"{place}/items"),), self.literal(",")
-        more = f"{place} more"
+        more = f"{place} more items"
         if high is None:
             self.rules[more] = [(), (more, comma, "_", *item)]
         else:
@@ -204,7 +208,7 @@ class _Compiler:
             if key not in properties:
                 raise UserError(f"JSON schema requires the key {key!r} at {place} but properties does not describe it")
         comma = self.literal(",")
-        more, tail = schema.get("additionalProperties", "properties" not in schema), f"{place} more"
+        more, tail = schema.get("additionalProperties", "properties" not in schema), f"{place} more keys"
         # Rules "first i": no member is written yet and i is the next that may be; "after i": some are.
         self.rules[f"{place} first {len(properties)}"] = []
         self.rules[f"{place} after {len(properties)}"] = [(tail,)]
