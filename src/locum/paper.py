@@ -186,4 +186,4 @@ def _with_claim(paper: Paper) -> Paper:
     if paper.state == "planned" or not stored.is_file():
         return paper
     result = json.loads(stored.read_text("utf-8"))
-    return dataclasses.replace(paper, state="verified", claim=ClaimState(result["verdict"], result["date"]))
+    return dataclasses.replace(paper, state="verified", claim=ClaimState(result["verdict"], result["date"][:10]))
