@@ -54,7 +54,6 @@ arXiv: 2404.12358
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -197,7 +196,7 @@ def rerank(
     prompt: Sequence[int],
     candidates: Sequence[Sequence[int]],
     *,
-    by: Literal["credit", "likelihood"] = "credit",
+    by: str = "credit",  # or "likelihood"
     beta: float = 0.1,
 ) -> Ranking:
     """Order given responses to one prompt by their summed credit, or by their likelihood under the policy (raw sums).
