@@ -132,7 +132,9 @@ class DecodeTask(Task):
 
     @property
     def gpus(self) -> int:
-        return 1 if self.device is not None and self.device.startswith("cuda") else 0
+        import torch
+
+        return int(torch.cuda.is_available() if self.device is None else self.device.startswith("cuda"))
 
     def config(self) -> Row:
         how = "greedy" if self.temperature == 0 else f"temperature {self.temperature:g}"

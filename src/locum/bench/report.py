@@ -124,7 +124,7 @@ def _frontier(page: Page) -> str:
     x, y = (page.measure(k) for k in page.axes)
     found = ((r, r[x.section].get(x.key), r[y.section].get(y.key)) for r in page.overall)
     points = [Point(r["method"], page.kinds[r["method"]], a, b) for r, a, b in found if a is not None and b is not None]
-    return frontier(points, x.title, y.title, page.ideal)
+    return frontier(points, _title(x), _title(y), page.ideal)
 
 
 def _bars(page: Page) -> str:
@@ -139,7 +139,7 @@ def _bars(page: Page) -> str:
 def _html_table(page: Page) -> str:
     shown = [m for m in page.measures if any(r[m.section].get(m.key) is not None for r in page.overall)]
     best = {m.key: _best(page.overall, m) for m in shown}
-    heads = "".join(f'<th scope="col" title="{_text(m.how)}">{_text(m.title)}{_unit(m)}</th>' for m in shown)
+    heads = "".join(f'<th scope="col" title="{_text(m.how)}">{_text(_title(m))}{_unit(m)}</th>' for m in shown)
     body = []
     for row in page.overall:
         cells = []
@@ -170,11 +170,16 @@ def _unit(measure: Measure) -> str:
     return f" <i>{_text(measure.unit)}</i>" if measure.unit else ""
 
 
+def _title(measure: Measure) -> str:
+    """The column's head where there is room: the terminal's may be broken after a slash."""
+    return measure.title.replace("/ ", "/").replace(" /", "/")
+
+
 def _definition(measure: Measure) -> str:
     better = {"higher": "higher is better", "lower": "lower is better", "yes": "yes is better", "": ""}[measure.better]
     unit = f", in {measure.unit}" if measure.unit else ""
     ending = f"; {better}" if better else ""
-    return f"<dt>{_text(measure.title + unit)}</dt><dd>{_text(measure.how + ending)}.</dd>"
+    return f"<dt>{_text(_title(measure) + unit)}</dt><dd>{_text(measure.how + ending)}.</dd>"
 
 
 def _failures(rows: Sequence[Row]) -> str:
