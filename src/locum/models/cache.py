@@ -11,7 +11,8 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from locum.errors import UserError
 
-KeyValue = Float[Tensor, "batch kv_heads entries head_dim"]
+KeyValue = Float[Tensor, "batch kv_heads new head_dim"]
+Entries = Float[Tensor, "batch kv_heads used head_dim"]
 
 
 class BufferLayer(DynamicLayer):
@@ -28,7 +29,7 @@ class BufferLayer(DynamicLayer):
         )
         self.is_initialized = True
 
-    def update(self, key_states: KeyValue, value_states: KeyValue, *args, **kwargs) -> tuple[KeyValue, KeyValue]:
+    def update(self, key_states: KeyValue, value_states: KeyValue, *args, **kwargs) -> tuple[Entries, Entries]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start, self.used = self.used, self.used + key_states.shape[2]

@@ -31,7 +31,7 @@ def load(
 
     Raises: UserError if there is no such model here and none can be had, or it is no causal language model.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = _device(device)
     dtype = _dtype(dtype) if dtype is not None else (torch.float32 if device.type == "cpu" else torch.bfloat16)
     say = progress or (lambda line: print(f"locum: {line}", file=sys.stderr, flush=True))
     where, tokenizer = str(name), None
@@ -48,6 +48,7 @@ def load(
 
 
 def _from_pretrained(where: str, tokenizer: str, name: str, dtype: torch.dtype, device: torch.device) -> LM:
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -56,13 +57,20 @@ def _from_pretrained(where: str, tokenizer: str, name: str, dtype: torch.dtype, 
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(where, dtype=dtype)
         text = AutoTokenizer.from_pretrained(tokenizer)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, SafetensorError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"cannot load model {name!r}: {first}") from error
     finally:
         if bars:
             logging.enable_progress_bar()
     return LM(model.to(device).eval(), text, name)
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    try:
+        return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise UserError(f"device must be one that torch knows, like cpu or cuda:0, got {device!r}") from None
 
 
 def _dtype(dtype: torch.dtype | str) -> torch.dtype:
