@@ -56,7 +56,7 @@ class DecodeTask(Task):
     model: str = "smollm2-135m-instruct"
     draft: str | None = None
     prompts: str | None = None
-    per_group: int = 3
+    per_group: int = 2
     methods: tuple[str, ...] = ()
     max_new_tokens: int = 64
     temperature: float = 0.0

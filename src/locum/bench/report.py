@@ -140,6 +140,7 @@ def _html_table(page: Page) -> str:
     shown = [m for m in page.measures if any(r[m.section].get(m.key) is not None for r in page.overall)]
     best = {m.key: _best(page.overall, m) for m in shown}
     heads = "".join(f'<th scope="col" title="{_text(m.how)}">{_text(_title(m))}{_unit(m)}</th>' for m in shown)
+    settings = {line["method"]: line.get("raw", {}).get("settings", "") for line in page.lines}
     body = []
     for row in page.overall:
         cells = []
@@ -151,9 +152,8 @@ def _html_table(page: Page) -> str:
                 + (f"<small>{_text(limits.rstrip(')'))}</small>" if limits else "")
                 + "</td>"
             )
-        body.append(
-            f'<tr class="{page.kinds[row["method"]]}"><th scope="row">{_text(row["method"])}</th>{"".join(cells)}</tr>'
-        )
+        name = f"{_text(row['method'])}<small>{_text(settings.get(row['method'], ''))}</small>"
+        body.append(f'<tr class="{page.kinds[row["method"]]}"><th scope="row">{name}</th>{"".join(cells)}</tr>')
     return f'<table><thead><tr><th scope="col">method</th>{heads}</tr></thead><tbody>{"".join(body)}</tbody></table>'
 
 

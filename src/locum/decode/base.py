@@ -184,14 +184,18 @@ class Drafter(ABC):
     def propose(self, state: Any, context: Context) -> Tree:
         """The draft after `context.ids`; a tree that is only its root where there is nothing to propose."""
 
-    def read(self, state: Any, ids: Sequence[int], logits: Float[Tensor, "tokens vocab"]) -> None:
+    def read(  # noqa: B027  a drafter need not learn
+        self, state: Any, ids: Sequence[int], logits: Float[Tensor, "tokens vocab"]
+    ) -> None:
         """Learn from a part of the prompt; called only if `reads_prompt`."""
 
     @property
     def reads_prompt(self) -> bool:
         return False
 
-    def observe(self, state: Any, tree: Tree, rows: Rows, path: list[int]) -> None:
+    def observe(  # noqa: B027
+        self, state: Any, tree: Tree, rows: Rows, path: list[int]
+    ) -> None:
         """Learn from a verified tree, of which `path` was accepted."""
 
 

@@ -1,8 +1,10 @@
 """DySpec: Faster Speculative Decoding with Dynamic Token Tree Structure
 
 Expensive: sampling from a large model token by token.
-Stands in: a token tree drawn from a small model, grown where the small model itself thinks a check is most likely, verified in one large forward.
-Check: the law of the text is the target's (at temperature 0, the very tokens); accepted tokens per forward against chains and fixed trees of equal size.
+Stands in: a token tree drawn from a small model, grown where the small model itself thinks a check is most likely,
+    verified in one large forward.
+Check: the law of the text is the target's (at temperature 0, the very tokens); accepted tokens per forward against chains and
+    fixed trees of equal size.
 
 D is the draft's law at a node, R what is left of it after the children drawn so far (their mass zeroed, renormalised). The chance that a
 drawn token y will be accepted is estimated by R[y], so the chance that the *next* draw at a node will be needed at all is
@@ -19,11 +21,11 @@ Verification (recursive rejection without replacement), at a node with children 
     accept y_i with probability min(1, R[y_i] / D[y_i]) and go on there;   else  R <- norm(max(R - D, 0)),  D[y_i] <- 0,  D <- norm(D)
     no child accepted: a token from R
 
-Shapes and units: laws float64 [vocab]; v without unit. Cost per step: one target forward of m + 1 tokens, one draft forward per inner node (budget) or
-per layer (threshold), one pass over the vocabulary per inner node.
+Shapes and units: laws float64 [vocab]; v without unit. Cost per step: one target forward of m + 1 tokens, one draft forward per
+inner node (budget) or per layer (threshold), one pass over the vocabulary per inner node.
 
-The estimate pays where acceptance follows the draft's own confidence: at low temperature. Where the target is the draft plus noise, sampled at
-temperature 1, acceptance hardly depends on R[y] and a plain chain accepts several times more per forward.
+The estimate pays where acceptance follows the draft's own confidence: at low temperature. Where the target is the draft plus noise,
+sampled at temperature 1, acceptance hardly depends on R[y] and a plain chain accepts several times more per forward.
 
 Example:
     >>> from locum import decode, models

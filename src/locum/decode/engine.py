@@ -18,6 +18,7 @@ from locum.tokens import Sampling
 
 Prompt = str | Sequence[int]
 Finish = Literal["eos", "length", "stop"]
+Source = Literal["draft", "model"]
 
 # The verifier that is exact for each way of drawing and accepts most.
 DEFAULT: dict[str, Verifier] = {
@@ -49,7 +50,7 @@ class Generation:
 
     prompt_ids: list[int]
     ids: list[int] = field(default_factory=list)
-    sources: list[Literal["draft", "model"]] = field(default_factory=list)
+    sources: list[Source] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     text: str = ""
     finish: Finish = "length"
@@ -152,7 +153,7 @@ def decode_steps(
 
     logits = session.prefill(out.prompt_ids, read if drafter.reads_prompt else None)
     new = [Rows(logits[None], sampling).draw(0, rng)]
-    sources: list[Literal["draft", "model"]] = ["model"]
+    sources: list[Source] = ["model"]
     while not _append(model, out, new, sources, stop, max_new_tokens):
         out.seconds = time.perf_counter() - began
         yield new
@@ -169,7 +170,8 @@ def decode_steps(
         session.commit([0, *path])
         drafter.observe(state, tree, rows, path)
         new = [tree.tokens[node] for node in path] + [token]
-        sources = ["draft"] * len(path) + ["model"]
+        drafts: list[Source] = ["draft"] * len(path)
+        sources = [*drafts, "model"]
         ended = time.perf_counter()
         out.steps.append(Step(len(tree), len(path), drafted - started, ended - started, tree.kind))
     out.seconds = time.perf_counter() - began
@@ -180,7 +182,7 @@ def _append(
     model: LM,
     out: Generation,
     new: list[int],
-    sources: list[Literal["draft", "model"]],
+    sources: list[Source],
     stop: Sequence[str],
     max_new_tokens: int,
 ) -> bool:

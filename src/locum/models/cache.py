@@ -4,6 +4,8 @@ A layer of transformers' `DynamicCache` copies the whole prefix at every step. H
 capacity; a step writes behind the entries in use, and dropping rejected tokens gathers only the entries that stay.
 """
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -29,7 +31,9 @@ class BufferLayer(DynamicLayer):
         )
         self.is_initialized = True
 
-    def update(self, key_states: KeyValue, value_states: KeyValue, *args, **kwargs) -> tuple[Entries, Entries]:
+    def update(
+        self, key_states: KeyValue, value_states: KeyValue, *args: Any, **kwargs: Any
+    ) -> tuple[Entries, Entries]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start, self.used = self.used, self.used + key_states.shape[2]
@@ -83,7 +87,7 @@ class TreeCache(Cache):
         return None
 
 
-def require_tree_cache(model, name: str) -> None:
+def require_tree_cache(model: Any, name: str) -> None:
     """Refuse a model whose state cannot be cut back to a path of a token tree.
 
     Raises: UserError naming the layers that cannot: a sliding window forgets entries, a recurrent state cannot be rewound.

@@ -5,6 +5,7 @@ the way they are called. The weights are the model's own, read at every call: no
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ _SHAPES = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM"}  # same
 LeanForward = Callable[[Tensor, Tensor, Tensor | None, TreeCache, bool], Tensor]
 
 
-def lean_forward(model) -> LeanForward | None:
+def lean_forward(model: Any) -> LeanForward | None:
     """The lean forward of `model`, or None where its blocks are not exactly the known ones (adapters, hooks, other activations)."""
     config = model.config
     if type(model).__name__ not in _SHAPES or getattr(config, "hidden_act", None) != "silu":

@@ -10,6 +10,7 @@ Monte Carlo sampler and the beams of a search are nodes of one tree, so copying 
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import takewhile
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ class Session:
     Raises: UserError if the model's cache cannot be cut back (sliding window, recurrent layers).
     """
 
-    def __init__(self, model, capacity: int = 1024, chunk: int = 512, name: str = "model"):
+    def __init__(self, model: Any, capacity: int = 1024, chunk: int = 512, name: str = "model"):
         require_tree_cache(model, name)
         self.model, self.chunk = model, chunk
         self.device, self.dtype = model.device, model.dtype
