@@ -163,7 +163,8 @@ def grow(
 
     Args:
         growth: begins with its root alone.
-        laws: the draft's laws at the given nodes; called once per inner node, parents before children, a whole layer at once by Algorithm 2.
+        laws: the draft's laws at the given nodes; called once per inner node, parents before children, by Algorithm 2 for a
+            whole layer at once.
         order: the order in which the children of a node come.
         budget: nodes to draw at most; both stop before a draw, never drop one.
         depth: no node lies deeper.

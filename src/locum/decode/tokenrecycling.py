@@ -36,7 +36,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int64
@@ -67,7 +66,7 @@ def template(nodes: int = 80) -> tuple[tuple[int, ...], ...]:
 
     A path's weight is the product over its ranks r of 0.6 / (1 + r)^1.3, an estimate of the chance that it is accepted.
     """
-    paths = [tuple(map(int, inner)) + (rank,) for inner, width in _WIDTHS.items() for rank in range(width)]
+    paths = [(*map(int, inner), rank) for inner, width in _WIDTHS.items() for rank in range(width)]
     weight = {path: np.prod([0.6 / (1 + rank) ** 1.3 for rank in path]) for path in paths}
     paths.sort(key=lambda path: (-weight[path], len(path), path))
     return tuple(paths[:nodes])
