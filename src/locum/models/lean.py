@@ -79,11 +79,13 @@ def _plain(module: nn.Module) -> bool:
 def _linear(x: Float[Tensor, "rows inputs"], layer: nn.Linear) -> Float[Tensor, "rows outputs"]:
     """`layer(x)`. For a few float32 rows on a CPU, weights times columns: the library then streams each weight once.
 
-    Measured with MKL on an AVX2 machine, all products of a 135M model: 1, 2, 8, 16 rows take 35, 64, 80, 95 ms as rows times
-    weights and 23, 23, 42, 53 ms as weights times columns, where one row is best computed as two equal columns.
+    Measured with MKL on an AVX2 machine, all products of a 135M model, 2 threads: 1, 2, 4, 8, 16 rows take 35, 64, 71, 80, 95 ms as
+    rows times weights and 35, 23, 24, 42, 53 ms as weights times columns. A product with one vector uses one thread, so with more
+    threads one row is computed as two equal columns.
     """
     rows = x.shape[0]
-    if rows > 64 or x.dtype != torch.float32 or x.device.type != "cpu":
+    alone = rows == 1 and torch.get_num_threads() == 1
+    if alone or rows > 64 or x.dtype != torch.float32 or x.device.type != "cpu":
         return F.linear(x, layer.weight, layer.bias)
     columns = x.expand(2, -1) if rows == 1 else x
     y = (layer.weight @ columns.contiguous().t()).t()[:rows].contiguous()
