@@ -109,6 +109,8 @@ def generate(
     """
     tokens = [_prompt_ids(model, prompt, chat, max_new_tokens) for prompt in _as_list(prompts)]
     stop = _stops(model, stop)
+    if seed < 0:
+        raise UserError(f"seed must be >= 0, got {seed}")
     if verifier is not None:
         check_pair(drafter.draws, verifier)
     state = drafter.start(model, draft) if state is None else state

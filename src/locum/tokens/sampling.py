@@ -55,7 +55,7 @@ class Sampling:
             z = z.masked_fill(z < z.topk(self.top_k, -1).values[..., -1:], -torch.inf)
         p = z.softmax(-1)
         if self.top_p is not None and self.top_p < 1:
-            ordered, ids = p.sort(-1, descending=True, stable=True)
+            ordered, ids = p.sort(dim=-1, descending=True, stable=True)
             above = ordered.cumsum(-1) - ordered  # mass of the likelier tokens: a token stays while that is below top_p
             p = torch.zeros_like(p).scatter_(-1, ids, ordered.masked_fill(above >= self.top_p, 0.0))
         if self.min_p is not None:
