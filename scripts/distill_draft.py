@@ -24,7 +24,15 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    track,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -740,22 +748,25 @@ def exact(lm, draft, texts: Sequence[Text]) -> dict[str, float]:
     return {"acceptance": accepted / n, "top1": same / n, "positions": n}
 
 
-@torch.no_grad()
-def in_use(lm, draft, new_tokens: int) -> dict[str, dict[str, float]]:
-    """The same along the teacher's own greedy answers to the shipped prompts, per group: what a decoder will meet."""
-    figures = {}
-    for group in ("free", "code", "copy"):
-        answers = []
-        for prompt in prompts(group):
-            ids = lm.chat(prompt.text)
-            out = lm.model.generate(
-                torch.tensor([ids]), max_new_tokens=new_tokens, do_sample=False, pad_token_id=lm.tokenizer.eos_token_id
-            )[0]
-            weight = (torch.arange(len(out)) >= len(ids) - 1).float()
-            weight[-1] = 0.0  # nothing came after the last one
-            answers.append(Text(out, torch.empty(0), torch.empty(0), weight))
-        figures[group] = exact(lm, draft, answers)
-    return figures
+def answers(lm, new_tokens: int, store: Path) -> dict[str, list[Text]]:
+    """The teacher's own greedy answers to the shipped prompts, per group: what a decoder will meet. Written once, to `store`."""
+    if not store.exists():
+        made = []
+        for prompt in track(prompts(), "greedy answers"):
+            ids = torch.tensor([lm.chat(prompt.text)])
+            pad = lm.tokenizer.eos_token_id
+            out = lm.model.generate(ids, max_new_tokens=new_tokens, do_sample=False, pad_token_id=pad)[0].tolist()
+            made.append({"group": prompt.group, "ids": out, "prompt": ids.shape[1]})
+        part = store.with_suffix(".part")
+        part.write_text(json.dumps(made), "utf-8")
+        part.replace(store)
+    groups: dict[str, list[Text]] = {}
+    for answer in json.loads(store.read_text("utf-8")):
+        ids = torch.tensor(answer["ids"])
+        weight = (torch.arange(len(ids)) >= answer["prompt"] - 1).float()
+        weight[-1] = 0.0  # nothing came after the last one
+        groups.setdefault(answer["group"], []).append(Text(ids, torch.empty(0), torch.empty(0), weight))
+    return groups
 
 
 CARD = """---
@@ -825,8 +836,8 @@ def export(args: argparse.Namespace) -> None:
     draft.save_pretrained(args.out)
     shipped = draft.float()  # the figures are those of the rounded weights
     figures = {"held-out samples": exact(lm, shipped, held[: args.measured])}
-    for group, figure in in_use(lm, shipped, 4 if args.quick else 96).items():
-        figures[f"greedy answers to the shipped prompts, {group}"] = figure
+    for group, texts_of_group in answers(lm, args.longest // 4, Path(args.work) / "answers.json").items():
+        figures[f"greedy answers to the shipped prompts, {group}"] = exact(lm, shipped, texts_of_group)
     singles = Path(args.work) / "bigrams.safetensors"
     known = (
         f"; and the law after each of {len(load_file(singles)['law_ids'])} single tokens" if singles.exists() else ""
