@@ -109,12 +109,9 @@ def kseq(p: Law, q: Law, k: int) -> Selection:
     """The K-SEQ rule for k drafts from p towards q, with the factor rho* that accepts most.
 
     Shapes: p, q and residual float64 [vocab].
-    Raises: ValueError if k < 1 or the laws differ in length; ArithmeticError if the residual were negative beyond rounding.
+    Raises: ValueError if k < 1, p or q is no law, or they differ in length; ArithmeticError if the residual were negative beyond rounding.
     """
-    if k < 1:
-        raise ValueError(f"k must be >= 1, got {k}")
-    if p.shape != q.shape:
-        raise ValueError(f"p and q must have one vocabulary, got {len(p)} and {len(q)} tokens")
+    _require_laws(p, q, k)
     rho = _division_factor(p, q, k)
     accepted = np.minimum(p, q / rho)
     beta = min(float(accepted.sum()), 1.0)
@@ -129,6 +126,18 @@ def kseq(p: Law, q: Law, k: int) -> Selection:
     return Selection(rho, beta, p_acc, residual / mass if mass > 0 else q)
 
 
+def _require_laws(p: Law, q: Law, k: int) -> None:
+    if k < 1:
+        raise ValueError(f"k must be >= 1, got {k}")
+    if p.shape != q.shape:
+        raise ValueError(f"p and q must have one vocabulary, got {len(p)} and {len(q)} tokens")
+    for name, law in (("p", p), ("q", q)):
+        if not (law.min() >= 0 and abs(law.sum() - 1) < 1e-6):
+            raise ValueError(
+                f"{name} must be a law: no entry below 0 and a sum of 1, got {law.min():.6g} and {law.sum():.6g}"
+            )
+
+
 def _any_of(beta: float, k: int) -> float:
     return 1.0 if beta >= 1 else float(-np.expm1(k * np.log1p(-beta)))
 
@@ -138,7 +147,8 @@ def _division_factor(p: Law, q: Law, k: int) -> float:
     if k == 1:
         return 1.0
     mine = p > 0  # tokens that no draft can carry do not count
-    ratio = q[mine] / p[mine]
+    with np.errstate(over="ignore"):
+        ratio = q[mine] / p[mine]
     order = ratio.argsort()
     ratio = ratio[order]
     q_below = np.concatenate([[0.0], q[mine][order].cumsum()])
@@ -159,8 +169,12 @@ def _division_factor(p: Law, q: Law, k: int) -> float:
 
 
 def otm_acceptance(p: Law, q: Law, k: int) -> float:
-    """The best acceptance that any exact rule for k drafts from p can reach: alpha_k, by the prefixes of descending q/p."""
-    with np.errstate(divide="ignore", invalid="ignore"):
+    """The best acceptance that any exact rule for k drafts from p can reach: alpha_k, by the prefixes of descending q/p.
+
+    Raises: ValueError if k < 1, p or q is no law, or they differ in length.
+    """
+    _require_laws(p, q, k)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         ratio = np.where(p > 0, q / p, np.inf)
     order = np.argsort(-ratio, kind="stable")
     mass_p = np.concatenate([[0.0], p[order].cumsum()]).clip(0, 1)
