@@ -2,7 +2,8 @@
 
 Expensive: sampling from a large model, one large forward per token.
 Stands in: K independent sequences of a small model, scored in one large forward, of which a selection rule keeps a beginning.
-Check: the text's law is the large model's, exactly; tokens per large forward; acceptance between 1 - (1 - 1/K)^K of the optimum and the optimum.
+Check: the text's law is the large model's, exactly; tokens per large forward; acceptance between 1 - (1 - 1/K)^K of the optimum
+    and the optimum.
 
 With p the small model's law at a node, q the large one's, and k drafts X_1..X_k drawn from p (duplicates count), a selection rule is a
 coupling of p^k and q; its best acceptance is an optimal transport problem with membership cost, whose value is
@@ -22,8 +23,8 @@ p_acc >= (1 - (1 - 1/k)^k) alpha_k. One draft gives rho* = 1: ordinary speculati
 Along the sequences: at each node the survivors are those that carry the accepted token, with their number as the next k; a rejection
 ends the step, and after L accepted levels one more token comes from q. So a step yields 1 to L + 1 tokens.
 
-Shapes and units: laws float64 [vocab]; sequences merge into a trie of at most 1 + K L nodes for the large forward. Cost: L small forwards and
-one large per step, O(vocab log vocab) per visited node. Gains exist at temperature > 0 only: at 0 all drafts are the same.
+Shapes and units: laws float64 [vocab]; sequences merge into a trie of at most 1 + K L nodes for the large forward. Cost: L small
+forwards and one large per step, O(vocab log vocab) per visited node. Gains exist at temperature > 0 only: at 0 all drafts are the same.
 
 Example:
     >>> from locum import decode, models
@@ -49,7 +50,7 @@ from locum.decode.drafting import law_of, start_draft
 from locum.method import require
 from locum.models import LM, Session
 
-__all__ = ["SpecTr", "KSEQ", "Selection", "kseq", "otm_acceptance"]
+__all__ = ["SpecTr", "KSEQ", "Selection", "kseq", "otm_acceptance"]  # noqa: RUF022  the method is the first
 
 
 @dataclass(frozen=True)
