@@ -700,7 +700,8 @@ def train(args: argparse.Namespace) -> None:
                 group["lr"] = args.lr * min(1.0, (run.step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * share))
             batch = Batch.of(draft, batch_of(texts, run.step, args.batch, args.seed))
             if single is not None:
-                tokens = random.Random(f"{args.seed}/{run.step}/singles").sample(range(len(single["law_ids"])), 128)
+                known = len(single["law_ids"])
+                tokens = random.Random(f"{args.seed}/{run.step}/singles").sample(range(known), min(128, known))
                 batch = batch.and_(Batch.of_singles(draft, single, torch.tensor(tokens)))
             rows, bias = candidates(len(embed), batch.law_ids, batch.label, 4096, args.seed * 1_000_003 + run.step)
             place = torch.zeros(len(embed), dtype=torch.long)
@@ -834,6 +835,7 @@ def export(args: argparse.Namespace) -> None:
     run = Run(draft, args)
     draft = draft.to(torch.bfloat16).eval()
     draft.save_pretrained(args.out)
+    (Path(args.out) / "model.safetensors").chmod(0o644)  # safetensors lets only its maker read it
     shipped = draft.float()  # the figures are those of the rounded weights
     figures = {"held-out samples": exact(lm, shipped, held[: args.measured])}
     for group, texts_of_group in answers(lm, args.longest // 4, Path(args.work) / "answers.json").items():

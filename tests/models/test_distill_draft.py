@@ -2,6 +2,7 @@
 
 import importlib.util
 import random
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
 
 from locum.models import tiny
 
@@ -165,3 +167,19 @@ def test_a_run_that_was_cut_short_ends_where_the_other_ends(run):
 def test_training_without_samples_says_what_to_do(distill, tmp_path):
     with pytest.raises(SystemExit, match=r"holds 0 sequences .* run the stage 'sample' first"):
         distill.read_shards(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_quick_run_goes_from_sampling_to_a_draft_with_a_card(tmp_path):
+    """The real teacher, a few sequences and steps: the figures mean nothing, the files are all there and load."""
+    command = [sys.executable, str(SCRIPT), "all", "--quick", "--work", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert {"sample-000.safetensors", "bigrams.safetensors", "train-4.safetensors"} <= {
+        p.name for p in tmp_path.iterdir()
+    }
+    draft = LlamaForCausalLM.from_pretrained(tmp_path / "draft")
+    assert draft(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
+    card = (tmp_path / "draft" / "README.md").read_text("utf-8")
+    assert "24 texts" in card
+    assert "4 steps" in card
