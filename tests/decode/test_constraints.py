@@ -142,8 +142,11 @@ def test_states_of_a_grammar_are_shared():
     assert one is many
 
 
-@given(st.recursive(st.none() | st.just(True) | st.integers() | st.text(st.characters(codec="utf-8")),
-                    lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text("ab", max_size=2), x, max_size=3), max_leaves=6))  # fmt: skip
+atoms = st.none() | st.just(True) | st.integers() | st.text(st.characters(codec="utf-8"))
+keys = st.text("ab", max_size=2)
+
+
+@given(st.recursive(atoms, lambda x: st.lists(x, max_size=3) | st.dictionaries(keys, x, max_size=3), max_leaves=6))
 def test_json_of_any_value(value):
     text = json.dumps(value)
     assert JSON_GRAMMAR.accepts(text)
