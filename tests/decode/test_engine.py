@@ -191,7 +191,9 @@ def speaker() -> LM:
     """A model over bytes. Its greedy text is whatever its random weights say; tests of text put words into its mouth."""
     inner = Tokenizer(BPE({c: i for i, c in enumerate(BYTES)}, []))
     inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    return LM(tiny(vocab_size=256, layers=1, hidden_size=16).model, PreTrainedTokenizerFast(tokenizer_object=inner), "bytes")
+    return LM(
+        tiny(vocab_size=256, layers=1, hidden_size=16).model, PreTrainedTokenizerFast(tokenizer_object=inner), "bytes"
+    )
 
 
 @pytest.fixture
@@ -320,7 +322,9 @@ def test_bad_input_is_one_sentence(lm, kwargs, said):
 
 def test_bad_input_is_seen_before_anything_runs(lm):
     with pytest.raises(UserError, match="token 99"):
-        generate(lm, [PROMPT, [99]], stream=lambda piece: pytest.fail("began"), progress=lambda *_: pytest.fail("began"))
+        generate(
+            lm, [PROMPT, [99]], stream=lambda piece: pytest.fail("began"), progress=lambda *_: pytest.fail("began")
+        )
 
 
 @settings(max_examples=30)

@@ -4,13 +4,13 @@ from collections.abc import Callable
 
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
     PretrainedConfig,
     Qwen2Config,
-    AutoModelForCausalLM,
 )
 
 from locum.models import LM
@@ -41,7 +41,9 @@ _LLAMA3 = {
 LEAN: dict[str, Callable[[], PretrainedConfig]] = {
     "llama": lambda: LlamaConfig(**_SIZES, num_key_value_heads=4),
     "llama-gqa": lambda: LlamaConfig(**_SIZES, num_key_value_heads=2),
-    "llama-tied-wide-heads": lambda: LlamaConfig(**_SIZES, num_key_value_heads=1, head_dim=16, tie_word_embeddings=True),
+    "llama-tied-wide-heads": lambda: LlamaConfig(
+        **_SIZES, num_key_value_heads=1, head_dim=16, tie_word_embeddings=True
+    ),
     "llama-biases": lambda: LlamaConfig(**_SIZES, num_key_value_heads=2, attention_bias=True, mlp_bias=True),
     "llama-linear-rope": lambda: LlamaConfig(
         **_SIZES, num_key_value_heads=2, rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}

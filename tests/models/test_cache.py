@@ -96,7 +96,9 @@ def model_of(config) -> LM:
 REFUSED = {
     "sliding window": (lambda: MistralConfig(**_SIZES, num_key_value_heads=2, sliding_window=16), "sliding_attention"),
     "some layers slide": (
-        lambda: Qwen2Config(**_SIZES, num_key_value_heads=2, use_sliding_window=True, sliding_window=8, max_window_layers=1),
+        lambda: Qwen2Config(
+            **_SIZES, num_key_value_heads=2, use_sliding_window=True, sliding_window=8, max_window_layers=1
+        ),
         "sliding_attention",
     ),
     "every other layer slides": (

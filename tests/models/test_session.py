@@ -136,7 +136,9 @@ def test_keep_renumbers_and_the_tree_grows_on(seed):
     stay = sorted({n for w in wanted for n in path_of(parents, w)})
     assert number == {old: new for new, old in enumerate(stay)}
     assert session.tokens == [tokens[n] for n in stay]
-    assert [path_of(session.parents, number[w]) for w in wanted] == [[number[n] for n in path_of(parents, w)] for w in wanted]
+    assert [path_of(session.parents, number[w]) for w in wanted] == [
+        [number[n] for n in path_of(parents, w)] for w in wanted
+    ]
     assert session.cache.used == session.length + session.size
     size = session.size
     fresh, below = random_tree(rng, 5, size)

@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from pytest import approx
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -58,7 +57,9 @@ SETTINGS = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("sampling", SETTINGS, ids=repr)
 def test_the_law_is_that_of_transformers(sampling, dtype):
-    g = torch.Generator().manual_seed(0)  # quarters in random order: exact in every type, and no ties, where cuts differ
+    g = torch.Generator().manual_seed(
+        0
+    )  # quarters in random order: exact in every type, and no ties, where cuts differ
     logits = torch.stack([torch.randperm(33, generator=g) / 4 for _ in range(12)]).reshape(4, 3, 33).to(dtype)
     ours = sampling.law(logits)
     assert ours.dtype == torch.float64
@@ -82,18 +83,18 @@ def test_any_combination_of_filters(logits, temperature, top_k, top_p, min_p):
     assume(len(set((z / temperature).tolist())) == len(logits))
     ours = sampling.law(z)
     torch.testing.assert_close(ours, theirs(z, sampling), atol=1e-9, rtol=1e-6)
-    assert ours.sum().item() == approx(1, abs=1e-12)
+    assert ours.sum().item() == pytest.approx(1, abs=1e-12)
     assert ours[z.argmax()] == ours.max() > 0
 
 
 def test_hand_values():
     e = [math.exp(x) for x in LOGITS]
-    assert law(LOGITS) == approx([x / sum(e) for x in e], abs=1e-12)
-    assert law(LOGITS, top_k=2) == approx([e[0] / (e[0] + e[1]), e[1] / (e[0] + e[1]), 0, 0, 0], abs=1e-12)
+    assert law(LOGITS) == pytest.approx([x / sum(e) for x in e], abs=1e-12)
+    assert law(LOGITS, top_k=2) == pytest.approx([e[0] / (e[0] + e[1]), e[1] / (e[0] + e[1]), 0, 0, 0], abs=1e-12)
     # laws .563, .207, .126, .076, .028 by rank: .563 + .207 < .8, so a third token stays
     kept = e[0] + e[1] + e[4]
-    assert law(LOGITS, top_p=0.8) == approx([e[0] / kept, e[1] / kept, 0, 0, e[4] / kept], abs=1e-12)
-    assert law(LOGITS, min_p=0.3) == approx(law(LOGITS, top_k=2))  # e^-1 = .37 stays, e^-1.5 = .22 goes
+    assert law(LOGITS, top_p=0.8) == pytest.approx([e[0] / kept, e[1] / kept, 0, 0, e[4] / kept], abs=1e-12)
+    assert law(LOGITS, min_p=0.3) == pytest.approx(law(LOGITS, top_k=2))  # e^-1 = .37 stays, e^-1.5 = .22 goes
 
 
 def test_top_p_counts_what_top_k_left():
@@ -117,7 +118,7 @@ def test_greedy_is_one_hot_at_the_first_maximum(dtype):
 
 def test_ties_share_equally_and_top_k_keeps_all_of_them():
     """As transformers' top-k: what equals the k-th logit stays."""
-    assert law([1.0, 1.0, 1.0, 0.0], top_k=2) == approx([1 / 3, 1 / 3, 1 / 3, 0])
+    assert law([1.0, 1.0, 1.0, 0.0], top_k=2) == pytest.approx([1 / 3, 1 / 3, 1 / 3, 0])
     torch.testing.assert_close(
         Sampling(1.0, top_k=2).law(torch.tensor([1.0, 1.0, 1.0, 0.0])),
         theirs(torch.tensor([1.0, 1.0, 1.0, 0.0]), Sampling(1.0, top_k=2)),
@@ -125,7 +126,7 @@ def test_ties_share_equally_and_top_k_keeps_all_of_them():
 
 
 def test_top_p_among_ties_keeps_the_lowest_ids():
-    assert law([0.0, 0.0, 0.0, 0.0], top_p=0.5) == approx([0.5, 0.5, 0, 0])
+    assert law([0.0, 0.0, 0.0, 0.0], top_p=0.5) == pytest.approx([0.5, 0.5, 0, 0])
 
 
 def test_low_temperature_and_huge_logits_stay_finite():

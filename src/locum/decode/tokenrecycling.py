@@ -131,19 +131,20 @@ class TokenRecycling(Drafter):
         require(self, "top_k", 1 <= self.top_k <= 8, "in [1, 8]")
 
     def start(self, target: LM, draft: LM | None = None) -> TokenTable:
+        shape = target.vocab_size, min(self.top_k, target.vocab_size)
         if self.table is None:
-            return TokenTable.empty(target.vocab_size, self.top_k)
+            return TokenTable.empty(*shape)
         state = TokenTable.load(self.table)
-        if state.successors.shape != (target.vocab_size, self.top_k):
+        if state.successors.shape != shape:
             raise UserError(
                 f"token table {self.table!r} is {list(state.successors.shape)}, but model {target.name!r} and top_k need "
-                f"{[target.vocab_size, self.top_k]}"
+                f"{list(shape)}"
             )
         return state
 
     def propose(self, state: TokenTable, context: Context) -> Tree:
         size = self.nodes if context.size is None else min(self.nodes, context.size)
-        parents, ranks, levels = _layout(size, self.top_k, min(context.limit, 6))
+        parents, ranks, levels = _layout(size, state.successors.shape[1], min(context.limit, 6))
         tokens = np.full(len(parents), -1)
         tokens[0] = context.ids[-1]
         for level in levels:
