@@ -100,7 +100,7 @@ def calibrated(seed: int, trials: int, progress: Callable[[int], None]) -> dict[
     }
     found: dict[str, dict[str, list[int]]] = {}
     for budget, trees in FIXED.items():
-        table: dict[str, list[int]] = {"DySpec": []} | {name + way: [] for way in ways for name in trees}
+        table: dict[str, list[int]] = {name: [] for name in ["DySpec", *(n + way for way in ways for n in trees)]}
         found[str(budget)] = table
         for trial in range(trials):
             world = World(seed, trial)
