@@ -12,7 +12,7 @@ tokens. (Tokens per forward) / ratio is the gain in time that this machine allow
 import time
 from collections.abc import Callable, Sequence
 from statistics import mean, median
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -103,6 +103,7 @@ def judge(seeds: list[Row]) -> Judgement:
     different = sorted(
         {name for r in rows for name, out in r.items() if isinstance(out, dict) and not out["identical"]}
     )
+    verdict: Literal["holds", "fails", "inconclusive"]
     if different or (len(rows) >= 12 and any(high <= 0 for _, high in intervals.values())):
         verdict = "fails"
     elif len(rows) < 12 or any(low <= 0 for low, _ in intervals.values()):

@@ -47,7 +47,7 @@ class _Called(LM):
     ends: frozenset[int] = frozenset()
 
     @property
-    def eos_ids(self) -> frozenset[int]:  # type: ignore[override]
+    def eos_ids(self) -> frozenset[int]:
         return self.ends
 
 
