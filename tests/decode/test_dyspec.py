@@ -1,27 +1,23 @@
 """DySpec (arXiv 2410.11744): how the tree grows, by hand and by brute force, and the law of what its verifier emits."""
 
 import math
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise, permutations, product
-from pathlib import Path
 
 import jaxtyping
 import numpy as np
 import pytest
 import torch
+from exhaustive import Chance, TextSession, chi_square, law_of_outcomes, markov, without_replacement
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from locum.decode import ChainRejection, Context, DySpec, Plain, RecursiveRejection, Rows, Tree, generate
+from locum.decode import Chain, ChainRejection, Context, DySpec, Plain, RecursiveRejection, Rows, Tree, generate
 from locum.decode.dyspec import Growth, grow, succession
 from locum.errors import UserError
 from locum.models import tiny
 from locum.tokens import Sampling
-
-sys.path.insert(0, str(Path(__file__).parent))
-from exhaustive import Chance, TextSession, chi_square, law_of_outcomes, markov, without_replacement
 
 SAMPLED = Sampling(1.0)
 Branch = tuple[int, ...]  # the tokens from the root to a node
@@ -337,6 +333,15 @@ def test_a_chain_is_ordinary_speculative_sampling_token_by_token(length: int) ->
         assert ours == ChainRejection().walk(tree, rows, np.random.default_rng(seed))
         accepted += len(ours[0])
     assert accepted > 50
+
+
+def test_chains_of_a_draft_model_are_verified_alike() -> None:
+    target, draft = tiny(vocab_size=12, seed=0), tiny(vocab_size=12, seed=1)
+    run = {"drafter": Chain(4), "draft": draft, "sampling": Sampling(2.0), "max_new_tokens": 60}
+    ours = generate(target, [[1, 2]], verifier=RecursiveRejection(), **run)[0]
+    theirs = generate(target, [[1, 2]], verifier=ChainRejection(), **run)[0]
+    assert (ours.ids, ours.sources) == (theirs.ids, theirs.sources)
+    assert "draft" in ours.sources
 
 
 def test_a_budget_of_one_is_single_token_speculative_sampling() -> None:

@@ -1,16 +1,15 @@
 """SpecTr (arXiv 2310.15141): the rule against brute force, whole blocks enumerated, and text against the target's law."""
 
 import math
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from itertools import product
-from pathlib import Path
 
 import jaxtyping
 import numpy as np
 import pytest
 import torch
+from exhaustive import Chance, TextLM, TextSession, chi_square, law_of_outcomes, markov
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy.optimize import linprog
@@ -20,9 +19,6 @@ from locum.decode.spectr import KSEQ, kseq, otm_acceptance
 from locum.errors import UserError
 from locum.models import LM, tiny
 from locum.tokens import Sampling
-
-sys.path.insert(0, str(Path(__file__).parent))
-from exhaustive import Chance, TextLM, TextSession, chi_square, law_of_outcomes, markov
 
 SAMPLED = Sampling(1.0)
 
