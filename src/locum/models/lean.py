@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from locum.models.cache import TreeCache
 
 _SHAPES = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM"}  # same block: RMS norm, rotary GQA, gated MLP
+_TORCH_PARTS = {nn.Linear, nn.Embedding, nn.SiLU, nn.ModuleList}
 
 LeanForward = Callable[[Tensor, Tensor, Tensor | None, TreeCache, bool], Tensor]
 
@@ -24,7 +25,7 @@ def lean_forward(model: Any) -> LeanForward | None:
     config = model.config
     if type(model).__name__ not in _SHAPES or getattr(config, "hidden_act", None) != "silu":
         return None
-    if getattr(config, "rope_parameters", {}).get("rope_type", "default") not in {"default", "linear", "llama3"}:
+    if (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default") not in {"default", "linear", "llama3"}:
         return None
     if not all(_plain(module) for module in model.modules()):
         return None
@@ -64,16 +65,10 @@ def lean_forward(model: Any) -> LeanForward | None:
 
 
 def _plain(module: nn.Module) -> bool:
-    if module._forward_hooks or module._forward_pre_hooks:
+    """The module is what the model's class says: no adapter, wrapper or quantised layer, no hook, no forward of its own."""
+    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
         return False
-    # A leaf with weights must be of torch or a norm: adapters and quantised layers replace nn.Linear by their own.
-    leaf = not any(True for _ in module.children())
-    return (
-        not leaf
-        or type(module) in {nn.Linear, nn.Embedding, nn.SiLU}
-        or not list(module.parameters())
-        or "RMSNorm" in type(module).__name__
-    )
+    return type(module) in _TORCH_PARTS or type(module).__module__.startswith("transformers.")
 
 
 def _linear(x: Float[Tensor, "rows inputs"], layer: nn.Linear) -> Float[Tensor, "rows outputs"]:
