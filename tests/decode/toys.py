@@ -59,17 +59,19 @@ def table_lm(vocab: int, seed: int, scale: float = 1.0, like: LM | None = None) 
     return TableLM(model, name=f"table-{seed}")
 
 
-def window_p_value(lm: LM, sampling: Sampling, ids: Sequence[int], start: int) -> float:
-    """Chi-square of a text against the table's law: pairs of tokens (b, c) given the token a before them, in disjoint windows.
+def window_p_value(lm: LM, sampling: Sampling, texts: Sequence[Sequence[int]], start: int) -> float:
+    """Chi-square of texts after the token `start` against the table's law.
 
+    Counted are pairs of tokens (b, c) given the token a before them, in disjoint windows.
     The windows stand at fixed places of the text, so drafts begin and end anywhere inside them. Cells that the law forbids must be
     empty (p = 0 if one is not); those with an expected count below 5 are put together.
     """
     law: Float[np.ndarray, "vocab vocab"] = sampling.law(lm.model.table).numpy()
-    text = [start, *ids]
     seen = np.zeros((len(law),) * 3)
-    for a, b, c in zip(text[0::2], text[1::2], text[2::2], strict=False):
-        seen[a, b, c] += 1
+    for ids in texts:
+        text = [start, *ids]
+        for a, b, c in zip(text[0::2], text[1::2], text[2::2], strict=False):
+            seen[a, b, c] += 1
     expected = seen.sum((1, 2))[:, None, None] * law[:, :, None] * law[None]
     if (seen[expected == 0] > 0).any():
         return 0.0
