@@ -28,7 +28,10 @@ def search(ids: list[int], length: int, longest: int, shortest: int) -> list[int
     for n in range(min(longest, len(ids)), shortest - 1, -1):
         for start in range(len(ids) - n - 1, -1, -1):
             if ids[start : start + n] == ids[-n:]:
-                return ids[start + n : start + n + length]
+                whole = list(ids)
+                while len(whole) < start + n + length:  # the end of the text is followed by what is being copied
+                    whole.append(whole[len(whole) - (len(ids) - start - n)])
+                return whole[start + n : start + n + length]
     return []
 
 
@@ -36,14 +39,18 @@ def search(ids: list[int], length: int, longest: int, shortest: int) -> list[int
     ("ids", "kwargs", "found"),
     [
         ([1, 2, 3, 4, 1, 2], {"length": 2}, [3, 4]),
-        ([1, 2, 3, 4, 1, 2], {}, [3, 4, 1, 2]),  # as long as the text goes
+        (
+            [1, 2, 3, 4, 1, 2],
+            {"length": 6},
+            [3, 4, 1, 2, 3, 4],
+        ),  # beyond the end: a text that repeats goes on repeating
         ([5, 2, 7, 1, 2, 8, 5, 2], {"length": 1}, [7]),  # two tokens that match count more than one, though earlier
         ([5, 2, 7, 1, 2, 8, 5, 2], {"length": 1, "longest": 1}, [8]),  # the latest
         ([1, 2, 9, 1, 2, 8, 1, 2], {"length": 1}, [8]),
         ([1, 2, 3], {}, []),
         ([1], {}, []),
-        ([1, 1], {"length": 3}, [1]),
-        ([1, 1, 1, 1], {"length": 3}, [1]),  # the latest match overlaps the suffix itself
+        ([1, 1], {"length": 3}, [1, 1, 1]),
+        ([1, 1, 1, 1], {"length": 3}, [1, 1, 1]),  # the latest match overlaps the suffix itself
         ([1, 2, 3, 1], {"shortest": 2}, []),
         ([1, 2, 3, 1, 2], {"shortest": 2, "length": 1}, [3]),
         ([1, 2, 3, 1], {"length": 0}, []),

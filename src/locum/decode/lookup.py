@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 
 from locum.decode.base import Context, Drafter, Tree
 from locum.method import require
@@ -63,5 +64,6 @@ class Lookup(Drafter):
     def propose(self, state: _Index, context: Context) -> Tree:
         state.sync(context.ids)
         n, position = state.find(self.shortest)
-        tokens = context.ids[position : position + context.depth(self.length)] if n else []
+        # A text that repeats itself goes on repeating: where the copy reaches the end, it goes on with what it copied.
+        tokens = list(islice(cycle(context.ids[position:]), context.depth(self.length))) if n else []
         return Tree.chain(context.ids[-1], tokens, kind=f"{n}-gram")
