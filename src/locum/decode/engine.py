@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -149,23 +150,17 @@ def decode_steps(
     if max_new_tokens == 0:
         return
     session = session or model.session(len(out.prompt_ids) + max_new_tokens + 96)
-
-    def read(ids: Sequence[int], logits: Any) -> None:
-        drafter.read(state, ids, logits)
-
-    logits = session.prefill(out.prompt_ids, read if drafter.reads_prompt else None)
+    logits = session.prefill(out.prompt_ids, partial(drafter.read, state) if drafter.reads_prompt else None)
+    text = list(out.prompt_ids)
     new = [Rows(logits[None], sampling).draw(0, rng)]
     sources: list[Source] = ["model"]
     while not _append(model, out, new, sources, stop, max_new_tokens):
         out.seconds = time.perf_counter() - began
         yield new
         started = time.perf_counter()
+        text += out.ids[len(text) - len(out.prompt_ids) :]
         limit = max_new_tokens - len(out.ids) - 1
-        tree = (
-            drafter.propose(state, Context(out.prompt_ids + out.ids, limit, sampling, rng))
-            if limit
-            else Tree.root(out.ids[-1])
-        )
+        tree = drafter.propose(state, Context(text, limit, sampling, rng)) if limit else Tree.root(text[-1])
         drafted = time.perf_counter()
         rows = Rows(session.extend(tree.tokens, tree.parents), sampling)
         path, token = (verifier or DEFAULT[tree.draws]).select(tree, rows, rng)
