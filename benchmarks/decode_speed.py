@@ -24,7 +24,9 @@ RESULTS = Path(__file__).with_name("results") / "decode_speed.json"
 Run = Callable[[], list[int]]
 
 
-def ours(lm: LM, ids: list[int], tokens: int, drafter: decode.Drafter, draft: LM | None = None, state: Any = None) -> list[int]:
+def ours(
+    lm: LM, ids: list[int], tokens: int, drafter: decode.Drafter, draft: LM | None = None, state: Any = None
+) -> list[int]:
     return decode.generate(lm, [ids], drafter=drafter, draft=draft, max_new_tokens=tokens, state=state)[0].ids
 
 
@@ -41,9 +43,10 @@ def seconds_per_token(run: Run) -> tuple[float, list[int]]:
     return (time.perf_counter() - began) / len(ids), ids
 
 
-def alternate(a: Run, b: Run, pairs: int) -> dict[str, Any]:
+def alternate(a: Run, b: Run, pairs: int, warm: bool = True) -> dict[str, Any]:
     """How many times faster a is than b, pair by pair; the order within a pair changes from one to the next."""
-    a(), b()
+    if warm:
+        a(), b()
     ratios, times, same = [], [], True
     for i in range(pairs):
         first, second = (a, b) if i % 2 == 0 else (b, a)
@@ -91,10 +94,13 @@ def peers(lm: LM, draft: LM, tokens: int, pairs: int) -> dict[str, Any]:
 def auto(lm: LM, draft: LM, tokens: int, pairs: int) -> dict[str, Any]:
     """Auto against our plain decoder on every shipped prompt; the median over a group's prompts of each prompt's median."""
     rows: dict[str, list[dict[str, Any]]] = {}
-    for prompt in tasks.prompts():
+    for number, prompt in enumerate(tasks.prompts()):
         ids = lm.chat(prompt.text)
         figures = alternate(
-            lambda ids=ids: ours(lm, ids, tokens, decode.Auto(), draft), lambda ids=ids: ours(lm, ids, tokens, decode.Plain()), pairs
+            lambda ids=ids: ours(lm, ids, tokens, decode.Auto(), draft),
+            lambda ids=ids: ours(lm, ids, tokens, decode.Plain()),
+            pairs,
+            warm=number == 0,
         )
         rows.setdefault(prompt.group, []).append(figures)
     return {

@@ -40,19 +40,21 @@ def forward_cost(lm: LM, remeasure: bool = False) -> ForwardCost:
     path = cache_dir() / "forward-cost" / f"{_fingerprint(lm)}.json"
     if path.exists() and not remeasure:
         return _read(path)
+    room = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None) or 4 * SIZES[-1]
+    sizes = [n for n in SIZES if n < room // 2]
     session = lm.session(256)
-    session.prefill([1] * 128)
-    best = dict.fromkeys(SIZES, float("inf"))
+    session.prefill([1] * min(2 * SIZES[-1], room - sizes[-1]))
+    best = dict.fromkeys(sizes, float("inf"))
     for _ in range(_ROUNDS):
-        for n in SIZES:
+        for n in sizes:
             began = time.perf_counter()
             session.extend([1] * n, list(range(-1, n - 1)))[0, 0].item()
             best[n] = min(best[n], time.perf_counter() - began)
             session.commit([])
-    seconds = np.maximum.accumulate([best[n] for n in SIZES]).tolist()
+    seconds = np.maximum.accumulate([best[n] for n in sizes]).tolist()
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(".part")
-    scratch.write_text(json.dumps({"model": lm.name, "sizes": SIZES, "seconds": seconds}))
+    scratch.write_text(json.dumps({"model": lm.name, "sizes": sizes, "seconds": seconds}))
     scratch.replace(path)
     return _read(path)
 
