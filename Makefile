@@ -25,7 +25,7 @@ test: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/locum verify --all --fast
-	$(BIN)/pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal
 
 bench: setup
 	set -e; for file in benchmarks/*.py; do $(BIN)/python $$file; done
