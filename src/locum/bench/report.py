@@ -152,8 +152,8 @@ def _html_table(page: Page) -> str:
                 + (f"<small>{_text(limits.rstrip(')'))}</small>" if limits else "")
                 + "</td>"
             )
-        name = f"{_text(row['method'])}<small>{_text(settings.get(row['method'], ''))}</small>"
-        body.append(f'<tr class="{page.kinds[row["method"]]}"><th scope="row">{name}</th>{"".join(cells)}</tr>')
+        name = f'<th scope="row" title="{_text(settings.get(row["method"], ""))}">{_text(row["method"])}</th>'
+        body.append(f'<tr class="{page.kinds[row["method"]]}">{name}{"".join(cells)}</tr>')
     return f'<table><thead><tr><th scope="col">method</th>{heads}</tr></thead><tbody>{"".join(body)}</tbody></table>'
 
 
