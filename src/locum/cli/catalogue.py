@@ -1,6 +1,7 @@
 """``locum papers``, ``show`` and ``cite``."""
 
 import json as jsonlib
+import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -90,7 +91,7 @@ class Show(Command):
             out.print(Text.assemble((f"{head}: ", "bold"), text))
         if paper.text:
             out.print()
-            out.print(paper.text, markup=False)
+            out.print(_reflowed(paper.text), markup=False)
         if fields:
             grid = table("parameter", "type", "default", "")
             for f in fields:
@@ -143,3 +144,12 @@ class Cite(Command):
             raise UserError("locum cite needs the name of at least one paper, e.g. locum cite spectr")
         print("\n\n".join(find(s).bibtex() for s in dict.fromkeys(self.slugs)))
         return 0
+
+
+def _reflowed(text: str) -> str:
+    """Paragraphs as one line each, for a terminal of any width; indented lines are formulas and stay as they are."""
+    return re.sub(r"(?<=\S)\n(?=\S)", lambda m: " " if _prose(text, m.start()) else "\n", text)
+
+
+def _prose(text: str, end: int) -> bool:
+    return not text[text.rfind("\n", 0, end) + 1].isspace()
