@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from locum import decode
+from locum.bench.measures import mean_interval
 from locum.bench.verify import Claim, Judgement
 from locum.decode.base import Context, Drafter, Law, Rows, Tree
 from locum.decode.drafting import start_draft
@@ -29,7 +30,7 @@ from locum.models import LM, Session
 from locum.tasks.charlm import stdlib_prompts, train
 from locum.tokens import Sampling
 
-V, TRIALS, PROMPTS, TOKENS, DRAWS = 24, 700, 100, 64, 10_000
+V, TRIALS, PROMPTS, TOKENS = 24, 700, 100, 64
 FIXED = {  # budget of DySpec -> the fixed trees of its size, by the number of children at each level
     15: {"3-1-1-1-1": (3, 1, 1, 1, 1), "2-2-2": (2, 2, 2), "chain": (1,) * 15},
     60: {"4-2-2-1-1": (4, 2, 2, 1, 1), "2-2-2-2-2": (2,) * 5, "chain": (1,) * 60},
@@ -189,18 +190,13 @@ def gain(toy: dict[str, list[int]], of_best: bool) -> tuple[str, float, float]:
     return name, float(difference.mean()), float(difference.std(ddof=1) / sqrt(len(difference)))
 
 
-def interval(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
-    """95 % bootstrap interval over prompts of the mean of a - b."""
-    difference = np.subtract(a, b)
-    picks = np.random.default_rng(0).integers(len(difference), size=(DRAWS, len(difference)))
-    low, high = np.quantile(difference[picks].mean(1), [0.025, 0.975])
-    return float(low), float(high)
-
-
 def judge(rows: list[Row]) -> Judgement:
     drawn = {b: [gain(r["toy"][b], of_best=False) for r in rows] for b in rows[0]["toy"]}
     best = {b: [gain(r["toy"][b], of_best=True) for r in rows] for b in rows[0]["toy"]}
-    real = {o: [interval(r["models"]["DySpec"], r["models"][o]) for r in rows] for o in ("chain", "2-2-2-2")}
+    real = {
+        o: [mean_interval(np.subtract(r["models"]["DySpec"], r["models"][o])) for r in rows]
+        for o in ("chain", "2-2-2-2")
+    }
     z = {b: [g / se for _, g, se in found] for b, found in drawn.items()}
     wins = all(x > 4 for b in z for x in z[b]) and all(low > 0 for o in real for low, _ in real[o])
     loses = any(x < 0 for b in z for x in z[b]) or any(high < 0 for o in real for _, high in real[o])

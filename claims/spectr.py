@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from locum import decode, models, tasks
+from locum.bench.measures import mean_interval
 from locum.bench.verify import Claim, Judgement
 from locum.decode.base import Rows, Tree
 from locum.decode.spectr import kseq, otm_acceptance
@@ -30,7 +31,7 @@ from locum.models import LM, Session
 from locum.tasks.charlm import stdlib_prompts, train
 from locum.tokens import Sampling
 
-PROMPTS, TOKENS, DRAWS = 100, 64, 10_000
+PROMPTS, TOKENS = 100, 64
 DRAFTS, LENGTHS = (1, 2, 4, 8), (4, 8)
 LARGE_PROMPTS, LARGE_TOKENS, HEAT, NOISE = 4, 32, 1.5, 0.5
 Row = dict[str, Any]
@@ -122,19 +123,14 @@ def run(seed: int, fast: bool, progress: Tell) -> Row:
     return {"be": be, "nodes": nodes, "smollm2": large}
 
 
-def interval(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
-    """99 % bootstrap interval over prompts of the mean of a - b."""
-    difference = np.subtract(a, b)
-    picks = np.random.default_rng(0).integers(len(difference), size=(DRAWS, len(difference)))
-    low, high = np.quantile(difference[picks].mean(1), [0.005, 0.995])
-    return float(low), float(high)
-
-
 def judge(rows: list[Row]) -> Judgement:
     lengths = [L for L in LENGTHS if f"K=1 L={L}" in rows[0]["be"]]
-    gains = {L: [interval(r["be"][f"K=8 L={L}"], r["be"][f"K=1 L={L}"]) for r in rows] for L in lengths}
+    gains = {
+        L: [mean_interval(np.subtract(r["be"][f"K=8 L={L}"], r["be"][f"K=1 L={L}"]), 0.99) for r in rows]
+        for L in lengths
+    }
     steps = [
-        interval(r["be"][f"K={more} L={L}"], r["be"][f"K={fewer} L={L}"])
+        mean_interval(np.subtract(r["be"][f"K={more} L={L}"], r["be"][f"K={fewer} L={L}"]), 0.99)
         for r in rows
         for L in lengths
         for fewer, more in pairwise(DRAFTS)

@@ -17,11 +17,12 @@ from typing import Any, Literal
 import numpy as np
 
 from locum import decode, models
+from locum.bench.measures import mean_interval
 from locum.bench.verify import Claim, Judgement
 from locum.decode.base import Drafter
 from locum.tasks import prompts
 
-TOKENS, PREFIX, REPEATS, DRAWS = 96, 256, 5, 10_000
+TOKENS, PREFIX, REPEATS = 96, 256, 5
 SMALLER = (8, 16, 30)
 Row = dict[str, Any]
 
@@ -83,13 +84,6 @@ def mat(row: Row, name: str) -> float:
     return float(row[name]["tokens"] / row[name]["forwards"])
 
 
-def lower_and_upper(values: Sequence[float]) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean over prompts."""
-    picks = np.random.default_rng(0).integers(len(values), size=(DRAWS, len(values)))
-    low, high = np.quantile(np.asarray(values)[picks].mean(1), [0.025, 0.975])
-    return float(low), float(high)
-
-
 def judge(seeds: list[Row]) -> Judgement:
     rows = [row for seed in seeds for row in seed["rows"]]
     free = [row for row in rows if row["group"] == "free"]
@@ -99,7 +93,7 @@ def judge(seeds: list[Row]) -> Judgement:
         "cold - lookup, free text": [mat(r, "TR80 cold") - mat(r, "lookup") for r in free],
         "hot - lookup, free text": [mat(r, "TR80 hot") - mat(r, "lookup") for r in free],
     }
-    intervals = {name: lower_and_upper(values) for name, values in differences.items()}
+    intervals = {name: mean_interval(values) for name, values in differences.items()}
     different = sorted(
         {name for r in rows for name, out in r.items() if isinstance(out, dict) and not out["identical"]}
     )

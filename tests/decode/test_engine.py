@@ -342,3 +342,12 @@ def test_tree_parts():
     assert (len(tree), tree.children) == (4, [[1, 4], [2, 3], [], [], []])
     assert [tree.follow(t) for t in ([1, 3, 9], [4], [9], [])] == [[1, 3], [4], [], []]
     assert list(itertools.pairwise(Tree.chain(7, [1, 2]).parents)) == [(-1, 0), (0, 1)]
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0)], ids=["greedy", "sampled"])
+def test_nan_stops_where_it_starts(sampling):
+    lm = tiny(vocab_size=8)
+    with torch.no_grad():
+        lm.model.model.norm.weight[0] = torch.nan
+    with pytest.raises(ValueError, match="logits hold NaN"):
+        generate(lm, [1, 2], sampling=sampling, max_new_tokens=4)

@@ -13,7 +13,7 @@ import numpy as np
 
 from locum.bench.store import Row
 
-__all__ = ["Measure", "aggregate", "interval", "median", "paired", "ratio", "summary", "total"]
+__all__ = ["Measure", "aggregate", "interval", "mean_interval", "median", "paired", "ratio", "summary", "total"]
 
 Value = float | bool | str | None
 
@@ -51,11 +51,22 @@ class Measure:
 
 def interval(values: Sequence[float], draws: int = 2000) -> tuple[float, float] | None:
     """95 % percentile bootstrap interval of the median; None for fewer than two values. Same values, same interval."""
-    if len(values) < 2:
-        return None
+    return _bootstrap(values, np.median, 0.95, draws) if len(values) >= 2 else None
+
+
+def mean_interval(
+    values: Sequence[float] | np.ndarray, level: float = 0.95, draws: int = 10_000
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean, for claims; pass paired differences to compare. Same values, same interval."""
+    return _bootstrap(values, np.mean, level, draws)
+
+
+def _bootstrap(
+    values: Sequence[float] | np.ndarray, statistic: Callable[..., Any], level: float, draws: int
+) -> tuple[float, float]:
     data = np.asarray(values, dtype=float)
     chosen = np.random.default_rng(0).integers(len(data), size=(draws, len(data)))
-    low, high = np.quantile(np.median(data[chosen], axis=1), [0.025, 0.975])
+    low, high = np.quantile(statistic(data[chosen], axis=1), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 

@@ -120,8 +120,14 @@ class Rows:
 
     @cached_property
     def best(self) -> list[int]:
-        """The most likely token at every node."""
-        best: list[int] = self.logits.argmax(-1).tolist()
+        """The most likely token at every node.
+
+        Raises: ValueError if the logits hold NaN or a node has no finite one.
+        """
+        values, ids = self.logits.max(-1)  # NaN wins every comparison, so looking at the largest is enough
+        if not values.isfinite().all():
+            raise ValueError("logits hold NaN, +inf or no finite value; no token can be chosen from them")
+        best: list[int] = ids.tolist()
         return best
 
     def law(self, node: int) -> Law:
