@@ -25,7 +25,11 @@ def lean_forward(model: Any) -> LeanForward | None:
     config = model.config
     if type(model).__name__ not in _SHAPES or getattr(config, "hidden_act", None) != "silu":
         return None
-    if (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default") not in {"default", "linear", "llama3"}:
+    if (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default") not in {
+        "default",
+        "linear",
+        "llama3",
+    }:
         return None
     if not all(_plain(module) for module in model.modules()):
         return None

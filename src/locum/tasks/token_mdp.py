@@ -137,6 +137,13 @@ class Pairs:
     rejected: Int[Tensor, "N H"]
 
 
+def tied(logits: Float64[Tensor, "P V1 V"], length: int) -> Float64[Tensor, "P H V V"]:
+    """A table that is the same at all positions: row = previous token, the last row for none. Gradients flow through."""
+    first = logits[:, -1:, None, :].expand(-1, 1, logits.shape[-1], -1)
+    rest = logits[:, None, :-1].expand(-1, length - 1, -1, -1)
+    return torch.cat([first, rest], 1)
+
+
 @dataclass(frozen=True, eq=False)
 class TableMDP:
     """A token MDP that sees prompt, position and previous token only.
@@ -164,6 +171,27 @@ class TableMDP:
         shape = (prompts, length, vocab, vocab)
         ref = ref_std * torch.randn(shape, generator=g, dtype=torch.float64)
         return cls(ref, reward_std * torch.randn(shape, generator=g, dtype=torch.float64))
+
+    @classmethod
+    def scored(
+        cls,
+        seed: int,
+        prompts: int = 4,
+        vocab: int = 16,
+        length: int = 8,
+        ref_std: float = 0.7,
+        shy: float = 0.7,
+    ) -> "TableMDP":
+        """A task with one rule for all positions: tokens 0-3 score +1, 4-7 score -1, the others 0.
+
+        The reference's logits are N(0, ref_std^2) per prompt and previous token, and `shy` lower on the good tokens.
+        """
+        g = torch.Generator().manual_seed(seed)
+        ref = ref_std * torch.randn((prompts, vocab + 1, vocab), generator=g, dtype=torch.float64)
+        ref[..., :4] -= shy
+        score = torch.zeros(vocab, dtype=torch.float64)
+        score[:4], score[4:8] = 1, -1
+        return cls(tied(ref, length), score.expand(prompts, length, vocab, vocab).clone())
 
     @property
     def prompts(self) -> int:
@@ -195,14 +223,27 @@ class TableMDP:
 
     def value(self, logits: Float64[Tensor, "P H V V"]) -> Float64[Tensor, " P"]:
         """Mean total reward of the policy per prompt, exactly (no sampling)."""
+        return self.expect(logits, self.reward)
+
+    def measure(
+        self, logits: Float64[Tensor, "P H V V"]
+    ) -> tuple[Float64[Tensor, " P"], Float64[Tensor, " P"], Float64[Tensor, " P"]]:
+        """Mean total reward, KL(pi || ref) of whole responses and entropy of whole responses, per prompt, exactly."""
+        logpi = logits.log_softmax(-1)
+        gap, surprise = logpi - self.ref_logits.log_softmax(-1), -logpi
+        return self.expect(logits, self.reward), self.expect(logits, gap), self.expect(logits, surprise)
+
+    def expect(self, logits: Float64[Tensor, "P H V V"], table: Float64[Tensor, "P H V V"]) -> Float64[Tensor, " P"]:
+        """Sum over the positions of the mean entry that the policy's responses meet, per prompt, exactly."""
+        return (self.occupancy(logits)[..., None] * logits.softmax(-1) * table).sum((1, 2, 3))
+
+    def occupancy(self, logits: Float64[Tensor, "P H V V"]) -> Float64[Tensor, "P H V"]:
+        """How likely the policy's responses are to have each token before each position; position 0 has them in entry 0."""
         pi = logits.softmax(-1)
-        at = F.one_hot(torch.zeros(self.prompts, dtype=torch.long), self.vocab).double()
-        total = torch.zeros(self.prompts, dtype=torch.float64)
-        for t in range(self.length):
-            edge = at[..., None] * pi[:, t]
-            total = total + (edge * self.reward[:, t]).sum((-1, -2))
-            at = edge.sum(1)
-        return total
+        at = [F.one_hot(torch.zeros(self.prompts, dtype=torch.long), self.vocab).to(pi)]
+        for t in range(self.length - 1):
+            at.append((at[-1][..., None] * pi[:, t]).sum(1))
+        return torch.stack(at, 1)
 
     def along(
         self, table: Float64[Tensor, "P H V V"], prompt: Int[Tensor, " N"], y: Int[Tensor, "N H"]

@@ -3,13 +3,14 @@
 A language model's logits [rows, length, V] are the largest tensor of a training step. The log-probability of the token
 that came needs two numbers per position of it, `logits[token] - logsumexp(logits)`; a full softmax would be a
 second tensor of the same size, and a float32 copy of bfloat16 logits a third. So everything here walks over the
-positions in chunks, in float32 (float64 if the logits are float64), and gradients recompute a chunk instead of keeping
-it.
+positions in tiles, in float32 (float64 if the logits are float64), and gradients recompute a tile instead of keeping
+it. Where the logits are a product of hidden states and a head (`Scores`), not even they exist, but for one tile.
 
 All logarithms are natural. A token of probability 0 has log-probability -inf; nothing here raises or clips for it.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -19,52 +20,115 @@ from torch.utils.checkpoint import checkpoint
 
 from locum.errors import UserError
 
-CHUNK = 1 << 22  # elements of the vocabulary axis worked on at a time: 16 MiB in float32
+TILE = 1 << 23  # elements of one model's logits that exist at a time: 32 MiB in float32
+
+Tile = Float[Tensor, "r V"]
+PerRow = Float[Tensor, " n"]
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """A model's next-token logits at n positions: the logits themselves, or what they are a product of.
 
-
-def _chunked(
-    fn: Callable[..., Tensor], parts: tuple[Tensor, ...], width: int, chunk: int | None, also: tuple[Tensor, ...] = ()
-) -> Tensor:
-    """`fn` over slices of the first axis of `parts`, one number per row, concatenated.
-
-    With gradients a slice is recomputed in the backward pass; `split` (not indexing) lets the slices' gradients be
-    joined once instead of each being padded to full size. `also`: tensors that `fn` uses whole.
+    Args:
+        hidden: the logits [n, V]; with a head, the last hidden states [n, D].
+        head, bias: logits = hidden @ head.T + bias. For models whose logits are exactly that.
+        taps: what was picked up inside the model on the way, by name: a list over layers of tensors with n rows.
     """
-    rows = chunk or max(1, CHUNK // width)
-    grad = torch.is_grad_enabled() and any(p.requires_grad for p in parts + also)
-    out = []
-    for piece in zip(*(p.split(rows) for p in parts), strict=True):
-        out.append(checkpoint(fn, *piece, use_reentrant=False) if grad else fn(*piece))
-    return torch.cat(out)
+
+    hidden: Float[Tensor, "n D"]
+    head: Float[Tensor, "V D"] | None = None
+    bias: Float[Tensor, " V"] | None = None
+    taps: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.hidden.shape[-1] if self.head is None else self.head.shape[0]
+
+    @property
+    def requires_grad(self) -> bool:
+        return self.hidden.requires_grad or (self.head is not None and self.head.requires_grad)
+
+    def logits(self, hidden: Float[Tensor, "r D"]) -> Tile:
+        """Logits of some of the positions, at least float32."""
+        return _wide(hidden if self.head is None else F.linear(hidden, self.head, self.bias))
+
+    def detach(self) -> "Scores":
+        head, bias = (t if t is None else t.detach() for t in (self.head, self.bias))
+        return Scores(self.hidden.detach(), head, bias, self.taps)
 
 
-def _same_shape(a: Tensor, b: Tensor) -> None:
-    if a.shape[-1] != b.shape[-1]:
+def over_tiles(
+    fn: Callable[..., Tensor | tuple[Tensor, ...]],
+    scores: Sequence[Scores],
+    *columns: Shaped[Tensor, "n ..."],
+    tile: int | None = None,
+) -> tuple[Tensor, ...]:
+    """``fn(logits_1, ..., logits_k, *columns)`` over tiles of rows, its results (one number per row, each) concatenated.
+
+    With gradients a tile is recomputed in the backward pass; `split` (not indexing) lets the tiles' gradients be joined
+    once instead of each being padded to full size.
+
+    Args:
+        fn: takes one tile [r, V] per model, then the columns' rows; returns one tensor [r] or several.
+        scores: the models', all with one vocabulary and the same n positions.
+        columns: what else belongs to the positions.
+        tile: rows at a time.
+
+    Raises: UserError when vocabularies differ.
+    """
+    widths = {s.vocab_size for s in scores}
+    if len(widths) > 1:
         raise UserError(
-            f"the policy has a vocabulary of {a.shape[-1]} tokens and the reference one of {b.shape[-1]}; "
-            "both must be the same vocabulary"
+            f"all models must have the same vocabulary; their logits have {', '.join(map(str, sorted(widths)))} entries"
         )
-    if a.shape != b.shape:
-        raise UserError(f"policy logits {list(a.shape)} and reference logits {list(b.shape)} must have one shape")
+    rows = tile or max(1, TILE // widths.pop())
+    grad = torch.is_grad_enabled() and any(s.requires_grad for s in scores)
+
+    def one(*parts: Tensor) -> tuple[Tensor, ...]:
+        logits = [s.logits(h) for s, h in zip(scores, parts, strict=False)]
+        out = fn(*logits, *parts[len(scores) :])
+        return out if isinstance(out, tuple) else (out,)
+
+    parts = [s.hidden for s in scores] + list(columns)
+    pieces = zip(*(p.split(rows) for p in parts), strict=True)
+    done = [checkpoint(one, *p, use_reentrant=False) if grad else one(*p) for p in pieces]
+    return tuple(torch.cat(column) for column in zip(*done, strict=True))
+
+
+# What one tile gives.
+
+
+def log_prob(z: Tile, ids: Int[Tensor, " r"]) -> Float[Tensor, " r"]:
+    """log softmax(z)[ids]."""
+    return z.gather(-1, ids[:, None])[:, 0] - z.logsumexp(-1)
+
+
+def kl_of(logp: Tile, logq: Tile) -> Float[Tensor, " r"]:
+    """KL(p || q) of two laws given as log-probabilities. What p never says adds 0; if q never says it and p does, inf."""
+    impossible = logp == -torch.inf
+    gap = torch.where(impossible, 0.0, logp.masked_fill(impossible, 0.0) - logq.masked_fill(impossible, 0.0))
+    return (logp.exp() * gap).sum(-1)
+
+
+def divergence(z: Tile, other: Tile) -> Float[Tensor, " r"]:
+    """KL(softmax(z) || softmax(other)), in nats."""
+    return kl_of(z.log_softmax(-1), other.log_softmax(-1))
+
+
+# Whole tensors of logits.
 
 
 def of_ids(
     logits: Float[Tensor, "*rows V"], ids: Int[Tensor, "*rows"], chunk: int | None = None
 ) -> Float[Tensor, "*rows"]:
     """log softmax(logits)[ids], in nats: position by position, so shift them before the call (see `of_sequence`)."""
-
-    def one(z: Tensor, i: Tensor) -> Tensor:
-        z = _wide(z)
-        return z.gather(-1, i[:, None])[:, 0] - z.logsumexp(-1)
-
-    V = logits.shape[-1]
     if ids.numel() == 0:
         return _wide(logits.new_zeros(ids.shape))
-    return _chunked(one, (logits.reshape(-1, V), ids.reshape(-1)), V, chunk).view(ids.shape)
+    return over_tiles(log_prob, [_rows(logits)], ids.reshape(-1), tile=chunk)[0].view(ids.shape)
 
 
 def of_sequence(
@@ -81,30 +145,24 @@ def of_hidden(
     bias: Float[Tensor, " V"] | None = None,
     chunk: int | None = None,
 ) -> Float[Tensor, "*rows"]:
-    """`of_ids(hidden @ head.T + bias, ids)` with logits that exist for one chunk of positions only, gradients included.
+    """`of_ids(hidden @ head.T + bias, ids)` with logits that exist for one tile of positions only, gradients included.
 
     For models whose logits are exactly that product (no soft cap, no logit scale).
     """
-
-    def one(h: Tensor, i: Tensor) -> Tensor:
-        z = _wide(F.linear(h, head, bias))
-        return z.gather(-1, i[:, None])[:, 0] - z.logsumexp(-1)
-
-    V, D = head.shape
     if ids.numel() == 0:
         return _wide(hidden.new_zeros(ids.shape))
-    return _chunked(one, (hidden.reshape(-1, D), ids.reshape(-1)), V, chunk, (head,)).view(ids.shape)
+    scores = Scores(hidden.reshape(-1, hidden.shape[-1]), head, bias)
+    return over_tiles(log_prob, [scores], ids.reshape(-1), tile=chunk)[0].view(ids.shape)
 
 
 def entropy(logits: Float[Tensor, "*rows V"], chunk: int | None = None) -> Float[Tensor, "*rows"]:
     """H(softmax(logits)) in nats, per position."""
+    return over_tiles(tile_entropy, [_rows(logits)], tile=chunk)[0].view(logits.shape[:-1])
 
-    def one(z: Tensor) -> Tensor:
-        logp = _wide(z).log_softmax(-1)
-        return torch.special.entr(logp.exp()).sum(-1)
 
-    V = logits.shape[-1]
-    return _chunked(one, (logits.reshape(-1, V),), V, chunk).view(logits.shape[:-1])
+def tile_entropy(z: Tile) -> Float[Tensor, " r"]:
+    """H(softmax(z)) in nats."""
+    return torch.special.entr(z.softmax(-1)).sum(-1)
 
 
 def kl(
@@ -115,15 +173,26 @@ def kl(
     Exact, no sampling. A token that ref never says adds 0; one that ref says and pi never does makes it inf.
     """
     _same_shape(logits, ref_logits)
+    found = over_tiles(divergence, [_rows(ref_logits), _rows(logits)], tile=chunk)
+    return found[0].view(logits.shape[:-1])
 
-    def one(zr: Tensor, z: Tensor) -> Tensor:
-        r, p = _wide(zr).log_softmax(-1), _wide(z).log_softmax(-1)
-        impossible = r == -torch.inf
-        gap = torch.where(impossible, 0.0, r.masked_fill(impossible, 0.0) - p.masked_fill(impossible, 0.0))
-        return (r.exp() * gap).sum(-1)
 
-    V = logits.shape[-1]
-    return _chunked(one, (ref_logits.reshape(-1, V), logits.reshape(-1, V)), V, chunk).view(logits.shape[:-1])
+def _rows(logits: Float[Tensor, "*rows V"]) -> Scores:
+    return Scores(logits.reshape(-1, logits.shape[-1]))
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _same_shape(a: Tensor, b: Tensor) -> None:
+    if a.shape[-1] != b.shape[-1]:
+        raise UserError(
+            f"the policy has a vocabulary of {a.shape[-1]} tokens and the reference one of {b.shape[-1]}; "
+            "both must be the same vocabulary"
+        )
+    if a.shape != b.shape:
+        raise UserError(f"policy logits {list(a.shape)} and reference logits {list(b.shape)} must have one shape")
 
 
 def log_ratio(logp: Float[Tensor, "*n"], logp_ref: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:

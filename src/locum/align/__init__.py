@@ -1,0 +1,12 @@
+"""Preference optimisation: one formula, and signals that feed it.
+
+>>> from locum.align import DPO, TDPO2
+>>> TDPO2(beta=0.1, alpha=0.5)
+TDPO2(beta=0.1, alpha=0.5)
+"""
+
+from locum.align.base import AlignLoss, Method, PairBatch, TokenStats
+from locum.align.dpo import DPO
+from locum.align.tdpo import TDPO1, TDPO2
+
+__all__ = ["DPO", "TDPO1", "TDPO2", "AlignLoss", "Method", "PairBatch", "TokenStats"]
