@@ -40,8 +40,10 @@ class TokenSignal(ABC):
                 name, tokens = f"{block}_{self.column}", len(example[f"{block}_ids"])
                 if len(row) != tokens:
                     raise UserError(f"example {number} has {len(row)} values of {name} for {tokens} response tokens")
-                if bad := (~torch.isfinite(row)).nonzero():
-                    at = int(bad[0])
-                    raise UserError(f"example {number} has {name} {float(row[at])} at its response token {at}")
+                if not torch.isfinite(row).all():
+                    at = int((~torch.isfinite(row)).nonzero()[0])
+                    raise UserError(
+                        f"example {number} has {name} {float(row[at])} at its response token {at}; it must be finite"
+                    )
                 example[name] = row.tolist()
         return annotated
