@@ -23,6 +23,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from locum.errors import UserError
 from locum.method import require
 from locum.tokens import logprobs as lp
 from locum.tokens.logprobs import Tile, masked_sum
@@ -170,7 +171,7 @@ class AlignLoss(Method):
 
     @abstractmethod
     def score(self, s: TokenStats) -> PerToken:
-        """a_t d_t + b_t k_t, in nats; masked and summed over the response below."""
+        """a_t d_t + b_t k_t, in nats; masked and summed over the response below, and refused where that is not finite."""
 
     def extra(self, s: TokenStats, z: Float[Tensor, " pairs"]) -> Float[Tensor, " pairs"] | float:
         """What is added to each pair's loss; z is the margin."""
@@ -183,6 +184,12 @@ class AlignLoss(Method):
     def __call__(self, s: TokenStats) -> tuple[Float[Tensor, ""], Logs]:
         chosen, rejected, *_ = (self.beta * x for x in s.sums(self.score(s)))
         z = chosen - rejected
+        if not torch.isfinite(z).all():
+            pair = int((~torch.isfinite(z)).nonzero()[0])
+            raise UserError(
+                f"pair {pair} of the batch has the margin {float(z[pair])}: a response token is impossible under the policy "
+                "or the reference, the policy rules out what the reference says, or logits are not finite"
+            )
         loss = (-F.logsigmoid(z) + self.extra(s, z)).mean()
         with torch.no_grad():
             logs = {

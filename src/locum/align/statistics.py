@@ -118,25 +118,21 @@ def collate(
 ) -> PairBatch:
     """Examples as one batch: prompt and response of each block, padded to one width.
 
-    Raises: UserError for a column whose length is not that of its response, naming the example and both lengths.
+    Raises: UserError, naming the example, for something missing, an empty prompt or response, or a column whose length
+        is not that of its response.
     """
     ids: list[Tensor] = []
     masks: list[Tensor] = []
     values: dict[str, list[Tensor]] = {c: [] for c in columns}
     for block in blocks:
         for number, example in enumerate(examples):
+            _check(example, number, block, columns)
             prompt, response = list(example["prompt_ids"]), list(example[f"{block}_ids"])
-            if not response:
-                raise UserError(f"example {number} of the batch has an empty {block} response")
             ids.append(torch.tensor(prompt + response, dtype=torch.long))
             masks.append(torch.tensor([False] * len(prompt) + [True] * len(response)))
             for c in columns:
                 row = torch.as_tensor(example[f"{block}_{c}"])
-                if row.shape != (len(response),):
-                    raise UserError(
-                        f"example {number} of the batch has {row.numel()} values of {block}_{c} "
-                        f"for {len(response)} response tokens"
-                    )
+                row = row if row.is_floating_point() else row.float()
                 head = row.new_zeros(len(prompt) - 1)
                 values[c].append(torch.cat([head, row]))
     side = "left" if left else "right"
@@ -148,6 +144,21 @@ def collate(
         blocks=len(blocks),
         columns={c: pad_sequence(rows, batch_first=True, padding_side=side) for c, rows in values.items()},
     )
+
+
+def _check(example: Example, number: int, block: str, columns: Sequence[str]) -> None:
+    where = f"example {number} of the batch"
+    names = [f"{block}_{name}" for name in ("ids", *columns)]
+    if missing := [name for name in ("prompt_ids", *names) if name not in example]:
+        raise UserError(f"{where} has no {missing[0]!r}, only {', '.join(example)}")
+    if not len(example["prompt_ids"]):
+        raise UserError(f"{where} has an empty prompt; a response needs a token before it")
+    tokens = len(example[f"{block}_ids"])
+    if not tokens:
+        raise UserError(f"{where} has an empty {block} response")
+    for name in names[1:]:
+        if (shape := torch.as_tensor(example[name]).shape) != (tokens,):
+            raise UserError(f"{where} has {shape.numel()} values of {name} for {tokens} response tokens")
 
 
 @torch.no_grad()
