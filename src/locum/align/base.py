@@ -187,7 +187,7 @@ class AlignLoss(Method):
         if not torch.isfinite(z).all():
             pair = int((~torch.isfinite(z)).nonzero()[0])
             raise UserError(
-                f"pair {pair} of the batch has the margin {float(z[pair])}: a response token is impossible under the policy "
+                f"pair {pair} of the batch has the margin {z[pair].item()}: a response token is impossible under the policy "
                 "or the reference, the policy rules out what the reference says, or logits are not finite"
             )
         loss = (-F.logsigmoid(z) + self.extra(s, z)).mean()

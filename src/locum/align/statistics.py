@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -20,6 +20,7 @@ LOGP_REF = "logp_ref"  # the column that holds the reference's log-probabilities
 BASE = ""  # the adapter that is none
 
 
+@runtime_checkable
 class Scorer(Protocol):
     """A model as the family sees it: a batch in, scores at its response tokens out."""
 
