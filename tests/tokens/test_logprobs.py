@@ -125,3 +125,98 @@ def test_other_vocabulary_is_refused():
         lp.kl(torch.zeros(1, 4), torch.zeros(1, 5))
     with pytest.raises(UserError, match="one shape"):
         lp.kl(torch.zeros(1, 5), torch.zeros(2, 5))
+
+
+def test_the_direction_of_a_divergence():
+    """KL((.5, .5) || (.9, .1)) and KL((.9, .1) || (.5, .5)), by hand."""
+    z, q = torch.zeros(1, 2, dtype=F64), torch.tensor([[math.log(9), 0.0]], dtype=F64)
+    assert lp.divergence(z, q).item() == pytest.approx(math.log(5 / 3), abs=1e-12)
+    assert lp.distilled(z, q.log_softmax(-1)).item() == pytest.approx(math.log(5 / 3), abs=1e-12)
+    assert lp.divergence(q, z).item() == pytest.approx(0.9 * math.log(9) + math.log(0.2), abs=1e-12)
+
+
+def test_log_sum_exp_in_every_tiling():
+    z = torch.randn(2, 3, 9, generator=torch.Generator().manual_seed(4), dtype=F64, requires_grad=True)
+    for chunk in (1, 4, None):
+        torch.testing.assert_close(lp.log_sum_exp(z, chunk), z.logsumexp(-1), atol=1e-12, rtol=0)
+        (grad,) = torch.autograd.grad(lp.log_sum_exp(z, chunk).sum(), z)
+        torch.testing.assert_close(grad, z.softmax(-1), atol=1e-12, rtol=0)
+    assert lp.log_sum_exp(z.detach().bfloat16()).dtype == torch.float32
+
+
+def test_the_closed_form_gradient_is_autograd_s_and_reaches_the_student_alone():
+    g = torch.Generator().manual_seed(5)
+    z, q = (torch.randn(6, 7, generator=g, dtype=F64, requires_grad=True) for _ in range(2))
+    weight = torch.rand(6, generator=g, dtype=F64)
+    value = lp.distilled(z, q.log_softmax(-1))
+    torch.testing.assert_close(value, lp.divergence(z, q), atol=1e-12, rtol=0)
+    got = torch.autograd.grad((weight * value).sum(), (z, q), allow_unused=True)
+    (want,) = torch.autograd.grad((weight * lp.divergence(z, q)).sum(), z)
+    torch.testing.assert_close(got[0], want, atol=1e-12, rtol=0)
+    assert got[1] is None
+    assert torch.autograd.gradcheck(lambda z: lp.distilled(z, q.detach().log_softmax(-1)), (z,))
+    assert lp.distilled(z, z.log_softmax(-1)).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("form", [lp.divergence, lambda z, q: lp.distilled(z, q.log_softmax(-1))])
+def test_a_divergence_from_what_is_ruled_out(form):
+    """Both rule a token out: 0 and no gradient for it. The teacher alone: inf. nan stays nan."""
+    ninf = -math.inf
+    z = torch.tensor([[0.0, 0.0, ninf], [0.0, ninf, 0.0], [0.0, 0.0, 0.0]], dtype=F64, requires_grad=True)
+    q = torch.tensor([[math.log(3), 0.0, ninf], [0.0, 0.0, 0.0], [0.0, ninf, 0.0]], dtype=F64)
+    value = form(z, q)
+    assert value.tolist() == [
+        pytest.approx(0.5 * math.log(4 / 3)),
+        pytest.approx(math.log(1.5)),
+        math.inf,
+    ]
+    (grad,) = torch.autograd.grad(value[:2].sum(), z)
+    assert torch.isfinite(grad[:2]).all()
+    assert (grad[0, 2], grad[1, 1]) == (0, 0)
+    assert form(torch.tensor([[0.0, math.nan]], dtype=F64), torch.zeros(1, 2, dtype=F64)).isnan().all()
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 9), st.integers(2, 40), st.integers(1, 6), st.integers(1, 12), st.integers(0, 99))
+def test_distillation_from_hidden_states_is_that_of_plain_logits(n, V, D, tile, seed):
+    """Float32 against float64 formulas with logits that exist whole: values and gradients to 1e-5."""
+    g = torch.Generator().manual_seed(seed)
+    h, th = torch.randn(2, n, D, generator=g)
+    w, tw = torch.randn(2, V, D, generator=g)
+    b = torch.randn(V, generator=g)
+    up = torch.rand(n, generator=g)
+    exact = [x.double().requires_grad_() for x in (h, w, b)]
+    want = lp.divergence(exact[0] @ exact[1].T + exact[2], (th @ tw.T).double())
+    grads = torch.autograd.grad((up * want).sum(), exact)
+    own = [x.clone().requires_grad_() for x in (h, w, b)]
+    got = lp.distillation(lp.Scores(*own), lp.Scores(th, tw), tile)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-5)
+    for a, c in zip(torch.autograd.grad((up * got).sum(), own), grads, strict=True):
+        torch.testing.assert_close(a.double(), c, atol=1e-5, rtol=1e-5)
+    plain = lp.distillation(lp.Scores(h @ w.T + b), lp.Scores(th @ tw.T), tile)
+    torch.testing.assert_close(plain, got, atol=1e-5, rtol=1e-5)
+
+
+def test_distillation_in_bfloat16_over_a_large_vocabulary():
+    """Bfloat16 states and heads, 50k tokens: the sums are float32, so only the logits' own rounding is left (2 %)."""
+    g = torch.Generator().manual_seed(6)
+    n, V, D = 4, 50_021, 16
+    h, th = torch.randn(2, n, D, generator=g).bfloat16()
+    w, tw = torch.randn(2, V, D, generator=g).bfloat16() / 4
+    want = lp.divergence((h.double() @ w.double().T), (th.double() @ tw.double().T))
+    own = [x.clone().requires_grad_() for x in (h, w)]
+    got = lp.distillation(lp.Scores(*own), lp.Scores(th, tw), tile=3)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), want, rtol=2e-2, atol=0)
+    exact = [x.double().requires_grad_() for x in (h, w)]
+    torch.autograd.backward(lp.divergence(exact[0] @ exact[1].T, th.double() @ tw.double().T).sum())
+    got.sum().backward()
+    for a, c in zip(own, exact, strict=True):
+        assert a.grad.dtype == torch.bfloat16
+        assert (a.grad.double() - c.grad).norm() < 2e-2 * c.grad.norm()
+
+
+def test_models_of_other_vocabularies_cannot_be_distilled():
+    with pytest.raises(UserError, match="same vocabulary; their logits have 4, 5 entries"):
+        lp.distillation(lp.Scores(torch.zeros(1, 4)), lp.Scores(torch.zeros(1, 5)))

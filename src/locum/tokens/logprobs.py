@@ -11,10 +11,12 @@ All logarithms are natural. A token of probability 0 has log-probability -inf; n
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -115,11 +117,51 @@ def kl_of(logp: Tile, logq: Tile) -> Float[Tensor, " r"]:
 
 
 def divergence(z: Tile, other: Tile) -> Float[Tensor, " r"]:
-    """KL(softmax(z) || softmax(other)), in nats."""
+    """KL(softmax(z) || softmax(other)), in nats, with gradient into both. Mind the direction: what is averaged over comes first."""
     return kl_of(z.log_softmax(-1), other.log_softmax(-1))
 
 
+class _Distilled(torch.autograd.Function):
+    """KL(p || q) for p = softmax(z). The gradient in z is p (log p/q - KL), so two tiles are kept instead of autograd's five."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, logq: Tensor) -> Tensor:
+        logp = z.log_softmax(-1)
+        p = logp.exp()
+        gap = logp.sub_(logq).masked_fill_(p == 0, 0.0)
+        found = (p * gap).sum(-1)
+        ctx.save_for_backward(p, gap, found)
+        return found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        p, gap, found = ctx.saved_tensors
+        return (gap - found[:, None]).mul_(p).mul_(grad[:, None]), None
+
+
+def distilled(z: Tile, logq: Tile) -> Float[Tensor, " r"]:
+    """KL(softmax(z) || q), the student first, q given as log-probabilities: `kl_of` with gradient into z alone.
+
+    What the student never says adds 0 and gets no gradient; what it says and q does not makes it inf.
+    """
+    return _Distilled.apply(z, logq)
+
+
 # Whole tensors of logits.
+
+
+def distillation(student: Scores, teacher: Scores, tile: int | None = None) -> PerRow:
+    """KL(student || teacher) at each of their positions, in nats, with gradient into the student's hidden states and head.
+
+    Logits exist for one tile of positions, gradients included.
+    """
+    return over_tiles(lambda z, q: distilled(z, q.log_softmax(-1)), [student, teacher.detach()], tile=tile)[0]
+
+
+def log_sum_exp(logits: Float[Tensor, "*rows V"], chunk: int | None = None) -> Float[Tensor, "*rows"]:
+    """log sum_a exp(logits[a]) per position, summed in float32 at least."""
+    return over_tiles(lambda z: z.logsumexp(-1), [_rows(logits)], tile=chunk)[0].view(logits.shape[:-1])
 
 
 def of_ids(
