@@ -122,7 +122,7 @@ def divergence(z: Tile, other: Tile) -> Float[Tensor, " r"]:
 
 
 class _Distilled(torch.autograd.Function):
-    """KL(p || q) for p = softmax(z). The gradient in z is p (log p/q - KL), so two tiles are kept instead of autograd's five."""
+    """KL(p || q) for p = softmax(z). The gradient in z is p (log p/q - KL), so two tiles are kept, where autograd keeps three and a mask."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, logq: Tensor) -> Tensor:
