@@ -14,7 +14,7 @@ from locum.errors import UserError
 from locum.models.scoring import Reduce, adapter, score
 from locum.tokens.logprobs import Scores, log_prob, over_tiles
 
-__all__ = ["BASE", "ModelScorer", "Scorer", "collate", "statistics", "token_log_probs"]
+__all__ = ["BASE", "ModelScorer", "Scorer", "collate", "statistics", "token_log_probs", "token_values"]
 
 LOGP_REF = "logp_ref"  # the column that holds the reference's log-probabilities where they were computed before
 BASE = ""  # the adapter that is none
@@ -162,7 +162,6 @@ def _check(example: Example, number: int, block: str, columns: Sequence[str]) ->
             raise UserError(f"{where} has {shape.numel()} values of {name} for {tokens} response tokens")
 
 
-@torch.no_grad()
 def token_log_probs(
     scorer: Scorer,
     examples: Sequence[Example],
@@ -171,9 +170,23 @@ def token_log_probs(
     batch_size: int = 16,
     move: Callable[[PairBatch], PairBatch] = lambda batch: batch,
 ) -> list[Float[Tensor, " _"]]:
-    """log p of each response token of one block, one tensor per example; batched by length, without gradient.
+    """log p of each response token of one block, one tensor per example; see `token_values`."""
+    return token_values(log_prob, [scorer], examples, block, pad_id, batch_size, move)
 
-    `move` puts a batch on the model's device.
+
+@torch.no_grad()
+def token_values(
+    fn: Callable[..., Tensor],
+    scorers: Sequence[Scorer],
+    examples: Sequence[Example],
+    block: str = "response",
+    pad_id: int = 0,
+    batch_size: int = 16,
+    move: Callable[[PairBatch], PairBatch] = lambda batch: batch,
+) -> list[Float[Tensor, " _"]]:
+    """``fn(logits_1, ..., logits_k, ids)``, a number per row of a tile [r, V], at each response token of one block.
+
+    One tensor per example; batched by length, without gradient. `move` puts a batch on the models' device.
     """
     order = sorted(
         range(len(examples)), key=lambda i: len(examples[i]["prompt_ids"]) + len(examples[i][f"{block}_ids"])
@@ -182,7 +195,7 @@ def token_log_probs(
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         batch = move(collate([examples[i] for i in rows], (block,), pad_id=pad_id))
-        (logp,) = over_tiles(log_prob, [scorer(batch)], batch.targets)
-        for i, values in zip(rows, logp.cpu().split(batch.mask.sum(-1).tolist()), strict=True):
+        (found,) = over_tiles(fn, [scorer(batch) for scorer in scorers], batch.targets)
+        for i, values in zip(rows, found.cpu().split(batch.mask.sum(-1).tolist()), strict=True):
             out[i] = values
     return out
