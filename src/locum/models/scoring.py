@@ -23,7 +23,7 @@ from locum.tokens.logprobs import Scores
 __all__ = ["TAPS", "adapter", "score", "unwrapped"]
 
 Reduce = Callable[[Tensor], Tensor]
-TAPS = ("residual", "mlp", "attention")  # where a layer can be listened to
+TAPS = ("residual", "mlp", "attention", "last")  # where a model can be listened to
 
 
 def score(
@@ -40,7 +40,8 @@ def score(
         ids, attention_mask: texts padded on either side; 0 in the mask is padding.
         where: one column less than ids. The n true entries, row by row, are the result's positions.
         taps: what to listen to in every layer, "residual" (the layer's output, the last one after the final norm),
-            "mlp" or "attention" (what these add to it), and what to keep of it: a function of [n, H]. Without gradients.
+            "mlp" or "attention" (what these add to it), and what to keep of it: a function of [n, H]; "last" keeps only
+            what the head sees. Without gradients.
 
     Raises: UserError for a tap that the model does not have.
     """
@@ -63,8 +64,8 @@ def score(
             out = model(**arguments)
         finally:
             hook.remove()
-        if "residual" in heard:  # the last layer is heard as the head hears it: after the final norm
-            heard["residual"][-1] = (taps or {})["residual"](caught["hidden"].detach()[:, :-1][where])
+        for kind in heard.keys() & {"residual", "last"}:  # the end is heard as the head hears it: after the final norm
+            heard[kind][-1:] = [(taps or {})[kind](caught["hidden"].detach()[:, :-1][where])]
     if plain and not hasattr(inner, "_locum_linear_head"):
         inner._locum_linear_head = _is_linear(caught["hidden"][:, -1], head, out.logits[:, -1])
         if not inner._locum_linear_head:
@@ -90,7 +91,7 @@ def _listening(
     hooks = []
     try:
         for kind, reduce in taps.items():
-            for layer in _layers(inner, body):
+            for layer in _layers(inner, body) if kind != "last" else ():
 
                 def hear(_: nn.Module, __: Any, out: Any, kind: str = kind, reduce: Reduce = reduce) -> None:
                     value = out[0] if isinstance(out, tuple) else out
