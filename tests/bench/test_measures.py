@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from locum.bench.decode_measures import MEASURES
-from locum.bench.measures import aggregate, interval, median, paired, ratio, total
+from locum.bench.measures import aggregate, interval, median, paired, ratio, sign_test, total
 
 BY_KEY = {m.key: m for m in MEASURES}
 
@@ -99,3 +99,11 @@ def test_an_interval_lies_within_the_values_and_repeats(values):
 
 def test_no_interval_of_one_value():
     assert interval([1.0]) is None
+
+
+def test_the_sign_test_by_hand():
+    """7 wins of 8: (8 + 1) / 256; a tie and a nan are no wins."""
+    assert sign_test([1.0] * 7 + [-5.0]) == pytest.approx(9 / 256, abs=1e-12)
+    assert sign_test([1.0] * 7 + [0.0]) == sign_test([1.0] * 7 + [float("nan")]) == pytest.approx(9 / 256, abs=1e-12)
+    assert sign_test([1.0] * 8) == pytest.approx(1 / 256, abs=1e-12)
+    assert sign_test([-1.0] * 8) == 1.0

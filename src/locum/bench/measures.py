@@ -13,7 +13,18 @@ import numpy as np
 
 from locum.bench.store import Row
 
-__all__ = ["Measure", "aggregate", "interval", "mean_interval", "median", "paired", "ratio", "summary", "total"]
+__all__ = [
+    "Measure",
+    "aggregate",
+    "interval",
+    "mean_interval",
+    "median",
+    "paired",
+    "ratio",
+    "sign_test",
+    "summary",
+    "total",
+]
 
 Value = float | bool | str | None
 
@@ -59,6 +70,17 @@ def mean_interval(
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean, for claims; pass paired differences to compare. Same values, same interval."""
     return _bootstrap(values, np.mean, level, draws)
+
+
+def sign_test(differences: Sequence[float]) -> float:
+    """P(at least as many wins in coin tosses), one-sided, for paired differences where a win is > 0; a tie or nan is none.
+
+    >>> round(sign_test([0.1, 0.4, 0.2, 0.1, -0.3, 0.2, 0.5, 0.1]), 4)  # 7 of 8
+    0.0352
+    """
+    from scipy.stats import binomtest
+
+    return float(binomtest(sum(d > 0 for d in differences), len(differences), alternative="greater").pvalue)
 
 
 def _bootstrap(
