@@ -118,8 +118,13 @@ class Method(ABC):
 
     @property
     def frozen(self) -> tuple[str, ...]:
-        """The models beside the policy that a batch is scored with."""
+        """The models beside the policy."""
         return ("ref",)
+
+    @property
+    def scored(self) -> tuple[str, ...]:
+        """Those of them that the loss needs in every batch: fewer where they were asked before, when the data was made."""
+        return self.frozen
 
     @abstractmethod
     def __call__(self, s: TokenStats) -> tuple[Float[Tensor, ""], Logs]:

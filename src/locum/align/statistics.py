@@ -60,7 +60,7 @@ def statistics(
 
     Args:
         policy: with gradient.
-        frozen: the models that `method.frozen` names; scored without gradient.
+        frozen: the models that `method.frozen` names; those in `method.scored` are scored, without gradient.
         signal: what `method.signal` gave.
 
     Raises: UserError for a model or a column that the method needs and that is not there.
@@ -69,14 +69,14 @@ def statistics(
         raise UserError(
             f"{type(method).__name__} needs the column {missing[0]!r} per response token; the data has none"
         )
-    if missing := [m for m in method.frozen if m not in frozen and not (m == "ref" and LOGP_REF in batch.columns)]:
+    if missing := [m for m in method.scored if m not in frozen and not (m == "ref" and LOGP_REF in batch.columns)]:
         raise UserError(f"{type(method).__name__} needs the model {missing[0]!r} beside the policy; none was given")
     columns = dict(batch.columns)
     logp_ref = columns.pop(LOGP_REF, None) if not method.needs else None
     with torch.no_grad():
         beside = {
             name: frozen[name](batch, signal.taps if signal is not None and name == "ref" else None).detach()
-            for name in method.frozen
+            for name in method.scored
             if name != "ref" or logp_ref is None or signal is not None
         }
         if "ref" in beside and not method.needs and logp_ref is None:
