@@ -220,3 +220,19 @@ def test_distillation_in_bfloat16_over_a_large_vocabulary():
 def test_models_of_other_vocabularies_cannot_be_distilled():
     with pytest.raises(UserError, match="same vocabulary; their logits have 4, 5 entries"):
         lp.distillation(lp.Scores(torch.zeros(1, 4)), lp.Scores(torch.zeros(1, 5)))
+
+
+def test_extrapolated_laws_and_what_they_rule_out():
+    """z + a (to - away), normalised; -inf in either of the two stays impossible, and the same -inf in all is no nan."""
+    g = torch.Generator().manual_seed(7)
+    z, to, away = torch.randn(3, 4, 5, generator=g, dtype=F64)
+    a = torch.tensor([0.0, 0.5, 1.0, 20.0], dtype=F64)
+    want = (z + a[:, None] * (to - away)).log_softmax(-1)
+    torch.testing.assert_close(lp.extrapolated(z, to, away, a), want, atol=1e-12, rtol=0)
+    torch.testing.assert_close(lp.extrapolated(z + 1, to - 2, away + 3, a), want, atol=1e-12, rtol=0)
+    to[:, 0], away[:, 0], to[0, 1], away[1, 2] = -math.inf, -math.inf, -math.inf, -math.inf
+    got = lp.extrapolated(to, to, away, a)
+    assert torch.isneginf(got).nonzero().tolist() == [[0, 0], [0, 1], [1, 0], [1, 2], [2, 0], [3, 0]]
+    assert got.exp().sum(-1).tolist() == pytest.approx([1.0] * 4)
+    away[2, 3] = math.nan
+    assert lp.extrapolated(to, to, away, a)[2].isnan().all()

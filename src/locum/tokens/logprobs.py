@@ -111,9 +111,7 @@ def log_prob(z: Tile, ids: Int[Tensor, " r"]) -> Float[Tensor, " r"]:
 
 def kl_of(logp: Tile, logq: Tile) -> Float[Tensor, " r"]:
     """KL(p || q) of two laws given as log-probabilities. What p never says adds 0; if q never says it and p does, inf."""
-    impossible = logp == -torch.inf
-    gap = torch.where(impossible, 0.0, logp.masked_fill(impossible, 0.0) - logq.masked_fill(impossible, 0.0))
-    return (logp.exp() * gap).sum(-1)
+    return (logp.exp() * torch.where(logp == -torch.inf, 0.0, logp - logq)).sum(-1)
 
 
 def divergence(z: Tile, other: Tile) -> Float[Tensor, " r"]:
@@ -122,7 +120,7 @@ def divergence(z: Tile, other: Tile) -> Float[Tensor, " r"]:
 
 
 class _Distilled(torch.autograd.Function):
-    """KL(p || q) for p = softmax(z). The gradient in z is p (log p/q - KL), so two tiles are kept, where autograd keeps three and a mask."""
+    """KL(p || q) for p = softmax(z). The gradient in z is p (log p/q - KL), so two tiles are kept; autograd keeps three and a mask."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, logq: Tensor) -> Tensor:
@@ -146,6 +144,12 @@ def distilled(z: Tile, logq: Tile) -> Float[Tensor, " r"]:
     What the student never says adds 0 and gets no gradient; what it says and q does not makes it inf.
     """
     return _Distilled.apply(z, logq)
+
+
+def extrapolated(z: Tile, to: Tile, away: Tile, strength: Float[Tensor, " r"]) -> Tile:
+    """log softmax(z + strength (to - away)) of logits or log-probabilities; what `to` or `away` rule out stays ruled out."""
+    never = torch.isneginf(to) | torch.isneginf(away)
+    return torch.addcmul(z, strength[:, None], to - away).masked_fill(never, -torch.inf).log_softmax(-1)
 
 
 # Whole tensors of logits.
