@@ -6,7 +6,7 @@ labeller. It is the same for a language model and for a table policy.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -37,6 +37,7 @@ class Round:
         pad_id: fills up batches.
         batch_size: rows scored at a time.
         move: puts a batch on the models' device.
+        logs: what the method measured while it made its examples; it writes here.
     """
 
     index: int
@@ -48,6 +49,7 @@ class Round:
     pad_id: int = 0
     batch_size: int = 16
     move: Callable[[PairBatch], PairBatch] = lambda batch: batch
+    logs: dict[str, float] = field(default_factory=dict)
 
     def sample(self, prompts: Sequence[Example], temperature: float = 1.0) -> list[Example]:
         """The prompts with one response of the current policy each, in "response_ids"."""

@@ -10,14 +10,16 @@ from dataclasses import dataclass, field
 import torch
 from jaxtyping import Float64, Int
 from torch import Tensor
+from torch.nn import functional as F
 
-from locum.align.base import Method, PairBatch, Signal
+from locum.align.base import Example, Method, PairBatch, Signal
+from locum.align.rounds import Labeller, Round
 from locum.align.statistics import Scorer, statistics
 from locum.models.scoring import Reduce
 from locum.tasks.token_mdp import Pairs, TableMDP, tied
 from locum.tokens.logprobs import Scores
 
-__all__ = ["Curve", "TableScorer", "Tied", "at_kl", "fit", "response_batch", "train"]
+__all__ = ["Curve", "TableScorer", "Tied", "at_kl", "fit", "response_batch", "table_round", "train"]
 
 Table = Float64[Tensor, "P H V V"]
 
@@ -52,6 +54,30 @@ def response_batch(
     done = real.bool()
     done[:, 0] = False
     return PairBatch(ids, real, done, len(blocks), columns or {})
+
+
+def table_round(
+    mdp: TableMDP,
+    logits: Table,
+    generator: torch.Generator,
+    labeller: Labeller | None = None,
+    *,
+    index: int = 0,
+    frozen: Mapping[str, Scorer] | None = None,
+    signal: Signal | None = None,
+    features: tuple[Tensor, ...] = (),
+) -> Round:
+    """A round of the policy `logits` with the MDP's reference; a prompt's one token is its number."""
+
+    def sample(examples: Sequence[Example], temperature: float, g: torch.Generator) -> list[Example]:
+        greedy = F.one_hot(logits.argmax(-1), mdp.vocab).log().to(logits.dtype)
+        sharp = greedy if temperature == 0 else logits / temperature
+        prompt = torch.tensor([e["prompt_ids"][0] for e in examples])
+        y = mdp.sample(sharp, prompt, g).tolist()
+        return [{**e, "response_ids": ids, "truncated": False} for e, ids in zip(examples, y, strict=True)]
+
+    scorers = {"policy": TableScorer(logits), "ref": TableScorer(mdp.ref_logits, features), **(frozen or {})}
+    return Round(index, scorers, sample, labeller, generator, signal)
 
 
 @dataclass(frozen=True, eq=False)
