@@ -14,7 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from locum.align.base import Example, PairBatch, Signal
-from locum.align.statistics import Scorer, collate, token_log_probs
+from locum.align.statistics import LOGP_REF, Scorer, collate, token_log_probs
+from locum.tokens.logprobs import log_prob, over_tiles
 
 __all__ = ["Online", "Round"]
 
@@ -61,13 +62,17 @@ class Round:
 
     @torch.no_grad()
     def signals(self, examples: Sequence[Example], block: str = "response") -> list[dict[str, Float[Tensor, " _"]]]:
-        """The signal's columns of each response, one dict per example (a critic's values, for instance)."""
+        """The signal's columns of each response, one dict per example (a critic's values, for instance).
+
+        "logp_ref" too, the reference's log p of each token, since the reference is run for it.
+        """
         if self.signal is None:
             return [{} for _ in examples]
         out: list[dict[str, Tensor]] = []
         for start in range(0, len(examples), self.batch_size):
             batch = self.move(collate(examples[start : start + self.batch_size], (block,), pad_id=self.pad_id))
-            found = self.signal(self.scorers["ref"](batch, self.signal.taps), batch)
+            ref = self.scorers["ref"](batch, self.signal.taps)
+            found = self.signal(ref, batch) | {LOGP_REF: over_tiles(log_prob, [ref], batch.targets)[0]}
             lengths = batch.mask.sum(-1).tolist()
             rows = {name: values.cpu().split(lengths) for name, values in found.items()}
             out += [{name: parts[i] for name, parts in rows.items()} for i in range(len(lengths))]
