@@ -4,12 +4,12 @@ What comes out is a `Scores`: the last hidden states at the positions that predi
 makes logits of them. Prompts, padding and the vocabulary axis are never scored. It works through wrappers (PEFT
 adapters, DDP, autocast): the wrapped model is called as a user would call it, and the hidden states are picked up on
 the way. Models whose logits are more than a linear head of the last hidden state (soft caps, scales, adapters on the
-head) are found out by comparing one column of logits, and give their logits whole.
+head) give their logits whole: what the head reads and makes is compared with hidden states and logits, once per model.
 """
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -23,7 +23,11 @@ from locum.tokens.logprobs import Scores
 __all__ = ["TAPS", "adapter", "score", "unwrapped"]
 
 Reduce = Callable[[Tensor], Tensor]
-TAPS = ("residual", "mlp", "attention", "last")  # where a model can be listened to
+PARTS = {  # what the parts of a layer are called in different models
+    "mlp": ("mlp", "feed_forward", "ffn", "block_sparse_moe"),
+    "attention": ("self_attn", "attn", "attention", "self_attention"),
+}
+TAPS = ("residual", *PARTS, "last")  # where a model can be listened to
 
 
 def score(
@@ -49,38 +53,58 @@ def score(
     body, head = inner.get_decoder(), inner.get_output_embeddings()
     caught: dict[str, Tensor] = {}
     arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": attention_mask, "use_cache": False}
-    if not bool(attention_mask[:, 0].all()):  # models count positions from the first column unless told otherwise
-        arguments["position_ids"] = lp.positions(attention_mask)
-    plain = type(head) is nn.Linear and getattr(inner, "_locum_linear_head", True)
-    if plain and "logits_to_keep" in inspect.signature(type(inner).forward).parameters:
+    known = inspect.signature(type(inner).forward).parameters
+    if "position_ids" in known and not bool(attention_mask[:, 0].all()):
+        arguments["position_ids"] = lp.positions(attention_mask)  # models count from the first column unless told
+    alone = _stands_alone(head) and getattr(inner, "_locum_linear_head", True)
+    if alone and "logits_to_keep" in known:
         arguments["logits_to_keep"] = 1
 
-    def catch(_: nn.Module, __: Any, out: Any) -> None:
-        caught["hidden"] = out[0] if isinstance(out, tuple) else out.last_hidden_state
+    lower: torch.dtype | None = None  # what the head multiplies in where that is not its own dtype
 
-    with _listening(inner, body, where, taps or {}) as heard:
-        hook = body.register_forward_hook(catch)
-        try:
+    def catch(_: nn.Module, __: Any, out: Any) -> None:
+        nonlocal lower
+        caught["hidden"] = out[0] if isinstance(out, tuple) else out.last_hidden_state
+        if torch.is_autocast_enabled(ids.device.type) and caught["hidden"].dtype != torch.float64:
+            lower = torch.get_autocast_dtype(ids.device.type)
+
+    def catch_head(_: nn.Module, given: Any, out: Tensor) -> None:
+        caught["read"], caught["made"] = given[0], out
+
+    hooks = [body.register_forward_hook(catch)]
+    if alone and not hasattr(inner, "_locum_linear_head"):
+        hooks.append(head.register_forward_hook(catch_head))
+    try:
+        with _listening(inner, body, where, taps or {}) as heard:
             out = model(**arguments)
-        finally:
+    finally:
+        for hook in hooks:
             hook.remove()
-        for kind in heard.keys() & {"residual", "last"}:  # the end is heard as the head hears it: after the final norm
-            heard[kind][-1:] = [(taps or {})[kind](caught["hidden"].detach()[:, :-1][where])]
-    if plain and not hasattr(inner, "_locum_linear_head"):
-        inner._locum_linear_head = _is_linear(caught["hidden"][:, -1], head, out.logits[:, -1])
+    for kind in heard.keys() & {"residual", "last"}:  # the end is heard as the head hears it: after the final norm
+        heard[kind].append((taps or {})[kind](caught["hidden"].detach()[:, :-1][where]))
+    if alone and not hasattr(inner, "_locum_linear_head"):
+        inner._locum_linear_head = _same(caught["read"], caught["hidden"]) and _same(out.logits, caught["made"])
         if not inner._locum_linear_head:
             return score(model, ids, attention_mask, where, taps)
-    if not plain:
+    if not alone:
         return Scores(out.logits[:, :-1][where], taps=heard)
-    return Scores(caught["hidden"][:, :-1][where], head.weight, head.bias, heard)
+    product = [caught["hidden"][:, :-1][where], head.weight, head.bias]
+    hidden, weight, bias = (x.to(lower) if lower and x is not None else x for x in product)
+    return Scores(hidden, weight, bias, heard)
+
+
+def _stands_alone(head: Any) -> bool:
+    """Whether the head is a matrix that can be used outside the model: no adapter, no hook, no shard of a weight."""
+    if type(head) is not nn.Linear or head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head):
+        return False
+    return type(head.weight) is nn.Parameter and head.weight.shape == (head.out_features, head.in_features)
 
 
 @torch.no_grad()
-def _is_linear(hidden: Tensor, head: nn.Linear, logits: Tensor) -> bool:
-    """Whether the head's product is all that stands between hidden states and logits; rounding is allowed for."""
-    made = head(hidden).float()
-    loose = 1e-4 if logits.dtype == torch.float32 and hidden.dtype == torch.float32 else 3e-2
-    return bool(torch.allclose(made, logits.float(), atol=loose * float(made.abs().max() + 1), rtol=loose))
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Equal in the last column, number by number, whatever the dtype that a wrapper cast one of them to."""
+    a, b = a[:, -1], b[:, -1]
+    return a.shape == b.shape and bool(torch.allclose(a.to(b.dtype), b, rtol=0, atol=0, equal_nan=True))
 
 
 @contextmanager
@@ -91,7 +115,8 @@ def _listening(
     hooks = []
     try:
         for kind, reduce in taps.items():
-            for layer in _layers(inner, body) if kind != "last" else ():
+            layers = list(_layers(inner, body)) if kind != "last" else []
+            for layer in layers[:-1] if kind == "residual" else layers:
 
                 def hear(_: nn.Module, __: Any, out: Any, kind: str = kind, reduce: Reduce = reduce) -> None:
                     value = out[0] if isinstance(out, tuple) else out
@@ -112,10 +137,9 @@ def _layers(inner: nn.Module, body: Any) -> nn.ModuleList:
 
 
 def _part(inner: nn.Module, layer: nn.Module, kind: str) -> nn.Module:
-    names = {"residual": ("",), "mlp": ("mlp", "feed_forward"), "attention": ("self_attn", "attn", "attention")}
-    for name in names[kind]:
-        if not name:
-            return layer
+    if kind == "residual":
+        return layer
+    for name in PARTS.get(kind, ()):
         if isinstance(found := getattr(layer, name, None), nn.Module):
             return found
     raise UserError(f"{type(inner).__name__} has no {kind} part in its layers that can be listened to")
@@ -136,18 +160,20 @@ def adapter(model: nn.Module, name: str | None) -> Iterator[nn.Module]:
     inner: Any = getattr(model, "module", model)
     if not hasattr(inner, "peft_config"):
         raise UserError("an adapter can be switched only on a PEFT model, and this model has none")
-    if name is None:
-        with inner.disable_adapter():
-            yield model
-        return
-    if name not in inner.peft_config:
+    if name is not None and name not in inner.peft_config:
         raise UserError(f"the model has no adapter {name!r}, only {', '.join(inner.peft_config)}")
-    active = inner.active_adapter
-    trained = {p for p in inner.parameters() if p.requires_grad}
-    inner.set_adapter(name)
+    active, together = inner.active_adapter, inner.active_adapters
+    trained = [p for p in inner.parameters() if p.requires_grad]
     try:
-        yield model
+        with inner.disable_adapter() if name is None else nullcontext():
+            if name is not None:
+                inner.set_adapter(name)
+            yield model
     finally:
-        inner.set_adapter(active)
-        for p in inner.parameters():  # set_adapter decides what is trained; put back what was
-            p.requires_grad_(p in trained)
+        if name is not None:
+            inner.set_adapter(active)
+            if together != [active]:  # several adapters at once are known to the inner model only
+                inner.base_model.set_adapter(together)
+        inner.requires_grad_(False)  # switching decides what is trained; put back what was
+        for p in trained:
+            p.requires_grad_(True)
