@@ -192,3 +192,13 @@ def test_dpo_from_the_reference_moves_towards_the_optimum():
         mdp.along(z.log_softmax(-1), pairs.prompt, pairs.chosen).mean() for z in (mdp.ref_logits, mdp.fit_sft(pairs))
     ]
     assert lik[1] > lik[0]
+
+
+def test_a_reward_fitted_to_pairs_ranks_responses_by_their_sums():
+    mdp, g = TableMDP.random(4), torch.Generator().manual_seed(0)
+    found = mdp.fit_reward(mdp.pairs(4000, g), steps=30)
+    prompt = torch.zeros(500, dtype=torch.long)  # constants per prompt cannot be known from pairs
+    y = mdp.sample(mdp.ref_logits, prompt, g)
+    sums = torch.stack([mdp.along(table, prompt, y).sum(-1) for table in (found, mdp.reward)])
+    assert torch.corrcoef(sums)[0, 1] > 0.8
+    assert (mdp.fit_reward(mdp.pairs(10, g), steps=0) == 0).all()

@@ -297,6 +297,14 @@ class TableMDP:
             steps,
         )
 
+    def fit_reward(self, pairs: Pairs, lr: float = 0.05, steps: int = 60) -> Float64[Tensor, "P H V V"]:
+        """A reward table by Bradley-Terry on whole responses, from 0, full batch, Adam: their sums are what it is fitted to."""
+        prompt, y = pairs.prompt.repeat(2), torch.cat([pairs.chosen, pairs.rejected])
+        mask = torch.ones_like(y, dtype=torch.bool)
+        return _adam(
+            lambda z: dpo_loss(self.along(z, prompt, y), mask, 1.0)[0], torch.zeros_like(self.reward), lr, steps
+        )
+
     def session(self, logits: Float64[Tensor, "P H V V"]) -> "TableSession":
         """A policy of this MDP as a session to decode with; the text starts with one token, the prompt's number."""
         return TableSession(logits)
