@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from locum.bench.compare import Task
+from locum.bench.decode_report import decode_part
 from locum.bench.engines import Unit
 from locum.bench.measures import Measure, median, paired, total
+from locum.bench.report import Page, Part
 from locum.bench.store import Row
 
 SPEED = {"plain": 10.0, "twice": 20.0, "broken": 0.0, "<i>odd</i>": 5.0}
@@ -32,7 +34,6 @@ class FakeTask(Task):
     )
     references: ClassVar[tuple[str, ...]] = ("plain",)
     main: ClassVar[str] = "vs_plain"
-    axes: ClassVar[tuple[str, str]] = ("rate", "vs_plain")
 
     methods: tuple[str, ...] = ("plain", "twice", "broken", "<i>odd</i>")
     seeds: int = 1
@@ -60,6 +61,9 @@ class FakeTask(Task):
 
     def open(self) -> "FakeRunner":
         return FakeRunner(self)
+
+    def part(self, page: Page) -> Part:
+        return decode_part(page, axes=("rate", "vs_plain"))
 
     def items(self) -> list[str]:
         return [f"item {i} {NASTY}" for i in range(2 * self.per_group)]

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from rich.table import Table
 
@@ -19,7 +19,7 @@ from locum.bench.engines import Engine, Runner, Unit
 from locum.bench.engines import engine as engine_named
 from locum.bench.measures import Measure, aggregate
 from locum.bench.progress import Bar
-from locum.bench.report import Page, html, table
+from locum.bench.report import Page, Part, html, table
 from locum.bench.store import Row, Store, latest, write_atomically
 from locum.errors import UserError
 
@@ -31,17 +31,20 @@ __all__ = ["Comparison", "Task", "compare"]
 class Task(ABC):
     """Some methods of a family on some items: a frozen dataclass of plain values, so that it can be sent to a worker.
 
-    `measures` are the figures made of raw lines; `references` are run in every pass; `main` is the ratio that decides; `axes`
-    are the measures drawn against each other, and `ideal` names the line on which both are equal; `cores` and `gpus` are what
-    a unit takes.
+    `measures` are the figures made of raw lines; `references` are what the others are measured against, and `main` is the
+    ratio that decides. `timed`: a reference is compared with what ran beside it, so that one that is missing runs again;
+    otherwise, where results are the same whenever they are made, it runs once per seed and item. `pooled`: whether figures
+    over several groups mean something. `note` says what is to be known of the figures. `cores` and `gpus` are what a unit
+    takes.
     """
 
     family: ClassVar[str]
     measures: ClassVar[tuple[Measure, ...]]
     references: ClassVar[tuple[str, ...]] = ()
     main: ClassVar[str]
-    axes: ClassVar[tuple[str, str]]
-    ideal: ClassVar[str] = ""
+    timed: ClassVar[bool] = True
+    pooled: ClassVar[bool] = True
+    note: ClassVar[str] = ""
 
     @property
     @abstractmethod
@@ -76,6 +79,14 @@ class Task(ABC):
     def headline(self, overall: Sequence[Row], groups: Sequence[Row]) -> str:
         """One sentence: which method to use, and by how much. Rows are figures by method, and by method and group."""
 
+    @abstractmethod
+    def part(self, page: Page) -> Part:
+        """The family's own sections of the report."""
+
+    def weight(self, unit: Unit) -> float:
+        """How long a unit takes, as far as can be told before, in any measure of time that all of them share."""
+        return 1.0
+
     def items(self) -> list[str]:
         """The items' texts, for the report; empty when they have none."""
         return []
@@ -97,16 +108,17 @@ class Comparison:
     @property
     def lines(self) -> list[Row]:
         """The raw lines of the units asked for, in the task's order, each with its references beside it as "refs"."""
-        refs: dict[str, dict[str, Row]] = {}
+        refs: dict[Any, dict[str, Row]] = {}
         for row in self.rows:
             if row["method"] in self.task.references and "raw" in row:
-                refs.setdefault(row["pass"], {})[row["method"]] = row["raw"]
+                refs.setdefault(self._beside(row), {})[row["method"]] = row["raw"]
         latest_row = {(r["method"], r["seed"], r["item"]): r for r in self.rows if r["role"] == "unit"}
-        return [
-            latest_row[u.key] | {"refs": refs.get(latest_row[u.key]["pass"], {})}
-            for u in self._units()
-            if u.key in latest_row
-        ]
+        found = [latest_row[u.key] for u in self._units() if u.key in latest_row]
+        return [row | {"refs": refs.get(self._beside(row), {})} for row in found]
+
+    def _beside(self, row: Row) -> Any:
+        """What a row shares with its references."""
+        return row["pass"] if self.task.timed else (row["seed"], row["item"])
 
     def _units(self) -> list[Unit]:
         order = {m: i for i, m in enumerate(self.task.config()["methods"])}
@@ -152,8 +164,8 @@ class Comparison:
             measures=task.measures,
             columns=task.columns,
             main=task.main,
-            axes=task.axes,
-            ideal=task.ideal,
+            note=task.note,
+            pooled=task.pooled,
             overall=overall,
             groups=self.by("method", "group"),
             kinds={r["method"]: task.kind(r["method"]) for r in overall},
@@ -161,6 +173,11 @@ class Comparison:
             items=task.items(),
             facts=facts,
         )
+
+    def html(self) -> str:
+        """The report."""
+        page = self.page()
+        return html(page, self.task.part(page))
 
     @property
     def report(self) -> Path:
@@ -199,7 +216,7 @@ def compare(
     with Store(folder, name, task.config(), resume=resume) as store:
         interrupted = _measure(task, store, where)
         result = Comparison(task, store.folder, list(store.rows), interrupted)
-    write_atomically(result.report, html(result.page()))
+    write_atomically(result.report, result.html())
     return result
 
 
@@ -210,14 +227,22 @@ def _measure(task: Task, store: Store, where: Engine) -> bool:
     missing = [u for u in units if u.key not in done]
     if done and missing:
         print(f"going on with {store.folder}: {len(done)} of {len(units)} done", file=sys.stderr)
+    whole = sum(map(task.weight, units))
+    share = {u.key: task.weight(u) * len(units) / whole for u in units}  # of the bar, in units
     with Bar(f"compare {task.family}", len(units)) as bar:
-        bar.step("measured before", len(done))
+        bar.step("measured before", sum(share[key] for key in done if key in share))
         bar.say("loading")
-        rows = where.run(task, missing)
+        ended = bar.done
+
+        def tell(unit: Unit, part: float, text: str) -> None:
+            bar.at(ended + part * share[unit.key], f"{unit.method} on {unit.group}: {text}")
+
+        rows = where.run(task, missing, tell)
         try:
             for row in rows:
                 store.append(row)
-                bar.step(f"{row['method']} on {row['group']} {row['item'] + 1}", row["role"] == "unit")
+                ended += share[row["method"], row["seed"], row["item"]] if row["role"] == "unit" else 0
+                bar.at(ended, f"{row['method']} on {row['group']} {row['item'] + 1}")
         except KeyboardInterrupt:
             return True
         finally:

@@ -8,8 +8,10 @@ from typing import ClassVar
 
 from locum.bench.compare import Kind, Task
 from locum.bench.decode_measures import MEASURES, PEERS
+from locum.bench.decode_report import decode_part
 from locum.bench.engines import Runner, Unit
 from locum.bench.measures import Measure
+from locum.bench.report import Page, Part
 from locum.bench.store import Row
 from locum.errors import UserError, unknown
 from locum.method import names, require
@@ -50,8 +52,10 @@ class DecodeTask(Task):
     measures: ClassVar[tuple[Measure, ...]] = MEASURES
     references: ClassVar[tuple[str, ...]] = ("plain", "transformers")
     main: ClassVar[str] = "vs_transformers"
-    axes: ClassVar[tuple[str, str]] = ("tokens_per_forward", "vs_plain")
-    ideal: ClassVar[str] = "speed = tokens per forward: drafting and wide forwards would cost nothing"
+    note: ClassVar[str] = (
+        "Over all prompts. Ratios are medians over pairs measured beside each other, with 95 % bootstrap intervals. Point at a "
+        "column's head to see how it is computed, at a method's name to see its settings."
+    )
 
     model: str = "smollm2-135m-instruct"
     draft: str | None = None
@@ -169,6 +173,10 @@ class DecodeTask(Task):
             dtype=self.dtype,
             device=self.device,
         )
+
+    def part(self, page: Page) -> Part:
+        ideal = "speed = tokens per forward: drafting and wide forwards would cost nothing"
+        return decode_part(page, axes=("tokens_per_forward", "vs_plain"), ideal=ideal)
 
     def items(self) -> list[str]:
         return [text for _, text in self.examples]

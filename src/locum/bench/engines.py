@@ -15,7 +15,7 @@ from locum.bench.machine import environment
 from locum.bench.store import Row
 from locum.errors import MissingExtra, unknown
 
-__all__ = ["ENGINES", "Engine", "Local", "Pass", "Ray", "Runner", "Unit", "engine"]
+__all__ = ["ENGINES", "Engine", "Local", "Pass", "Ray", "Runner", "Tell", "Unit", "engine"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,9 @@ class Unit:
         return self.method, self.seed, self.item
 
 
+Tell = Callable[[Unit, float, str], None]
+
+
 @dataclass(frozen=True)
 class Pass:
     """Units measured one after the other. A unit not in `wanted` runs only to be a reference to the others."""
@@ -44,7 +47,8 @@ class Pass:
 class Runner(Protocol):
     """What a task opens once per process: it holds the models and measures one unit at a time.
 
-    `environment` is added to that of every row (dtype, threads, ...); the result is the row's raw figures, JSON-able.
+    `environment` is added to that of every row (dtype, threads, ...); the result is the row's raw figures, JSON-able. One
+    whose units take long has a field `tell`, which is set to what is to be called on the way: (unit, share done, what).
     """
 
     environment: dict[str, Any]
@@ -58,6 +62,9 @@ class Opens(Protocol):
 
     @property
     def references(self) -> tuple[str, ...]: ...
+
+    @property
+    def timed(self) -> bool: ...
 
     def open(self) -> Runner: ...
 
@@ -82,13 +89,18 @@ def turn(units: Sequence[Unit], index: int) -> tuple[Unit, ...]:
     return order[::-1] if index % 2 else order
 
 
-def passes(units: Iterable[Unit], references: Sequence[str]) -> list[Pass]:
-    """One pass per seed and item; a reference that is not among the units runs again beside them."""
+def passes(units: Iterable[Unit], references: Sequence[str], timed: bool = True) -> list[Pass]:
+    """One pass per seed and item. If `timed`, a reference that is not among the units runs again beside them, and the order
+    changes from pass to pass; otherwise it is that of the units.
+    """
     cells: dict[tuple[int, int], list[Unit]] = {}
     for unit in units:
         cells.setdefault((unit.seed, unit.item), []).append(unit)
     made = []
     for index, members in enumerate(cells.values()):
+        if not timed:
+            made.append(Pass(tuple(members), frozenset(u.key for u in members)))
+            continue
         present = {u.method for u in members}
         beside = [Unit(r, members[0].seed, members[0].item, members[0].group) for r in references if r not in present]
         made.append(Pass(turn([*beside, *members], index), frozenset(u.key for u in members)))
@@ -99,16 +111,18 @@ def passes(units: Iterable[Unit], references: Sequence[str]) -> list[Pass]:
 class Engine(Protocol):
     """Runs units of a task and gives their rows as they end."""
 
-    def run(self, task: Any, units: Sequence[Unit]) -> Generator[Row, None, None]: ...
+    def run(self, task: Any, units: Sequence[Unit], tell: Tell | None = None) -> Generator[Row, None, None]: ...
 
 
 class Local:
     """In this process: the models are loaded once, and a pass holds every method."""
 
-    def run(self, task: Opens, units: Sequence[Unit]) -> Generator[Row, None, None]:
+    def run(self, task: Opens, units: Sequence[Unit], tell: Tell | None = None) -> Generator[Row, None, None]:
         if units:
             run = task.open()
-            for batch in passes(units, task.references):
+            if tell is not None and hasattr(run, "tell"):
+                run.tell = tell
+            for batch in passes(units, task.references, task.timed):
                 yield from measure(run, batch)
 
 
@@ -129,7 +143,7 @@ class Ray:
             raise MissingExtra("--engine ray", "ray") from None
         self._ray = ray
 
-    def run(self, task: Any, units: Sequence[Unit]) -> Generator[Row, None, None]:
+    def run(self, task: Any, units: Sequence[Unit], tell: Tell | None = None) -> Generator[Row, None, None]:
         ray = self._ray
         started = not ray.is_initialized()
         if started:
@@ -174,7 +188,7 @@ def _opened(task: Any) -> Runner:
 
 def _on_worker(task: Any, units: Sequence[Unit]) -> list[Row]:
     run = _opened(task)
-    return [row for batch in passes(units, task.references) for row in measure(run, batch)]
+    return [row for batch in passes(units, task.references, task.timed) for row in measure(run, batch)]
 
 
 ENGINES: dict[str, Callable[[], Engine]] = {"local": Local, "ray": Ray}

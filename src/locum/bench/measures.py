@@ -43,6 +43,8 @@ class Measure:
         of: the figure over some lines, all of one method; None when there is none.
         each: the figure of one line, where the whole is a median over lines: from these the interval is drawn.
         digits: decimals shown.
+        limits: the figure's interval over some lines, where it is made in another way.
+        signed: a difference, shown with its sign.
     """
 
     key: str
@@ -54,10 +56,18 @@ class Measure:
     of: Callable[[Sequence[Row]], Value]
     each: Callable[[Row], float | None] | None = None
     digits: int = 2
+    limits: Callable[[Sequence[Row]], tuple[float, float] | None] | None = None
+    signed: bool = False
 
     def interval(self, lines: Sequence[Row]) -> tuple[float, float] | None:
-        """The 95 % bootstrap interval of the figure, where it is a median over at least two lines."""
+        """The 95 % bootstrap interval of the figure, where it is known; of a median over at least two lines, for instance."""
+        if self.limits is not None:
+            return self.limits(lines)
         return interval(_known(map(self.each, lines))) if self.each else None
+
+    def shown(self, value: float) -> str:
+        """A number as it is shown, without its unit but for a percentage."""
+        return f"{value * 100:.0f} %" if self.unit == "%" else f"{value:{'+' if self.signed else ''}.{self.digits}f}"
 
 
 def interval(values: Sequence[float], draws: int = 2000) -> tuple[float, float] | None:
@@ -139,8 +149,8 @@ def summary(lines: Sequence[Row], measures: Iterable[Measure]) -> dict[str, dict
     figures: dict[str, dict[str, Any]] = {"quality": {}, "cost": {}, "fidelity": {}, "ratios": {}}
     for measure in measures:
         figures[measure.section][measure.key] = measure.of(lines) if lines else None
-        if measure.each and measure.section == "ratios":
-            limits = measure.interval(lines)
+        if measure.section == "ratios" and (measure.each or measure.limits):
+            limits = measure.interval(lines) if lines else None
             figures[measure.section][f"{measure.key}_interval"] = list(limits) if limits else None
     return figures
 
