@@ -7,6 +7,7 @@ TDPO2(beta=0.1, alpha=0.5)
 
 from locum.align.base import AlignLoss, Method, PairBatch, TokenStats
 from locum.align.dpo import DPO
+from locum.align.selm import SELM
 from locum.align.tdpo import TDPO1, TDPO2
 
-__all__ = ["DPO", "TDPO1", "TDPO2", "AlignLoss", "Method", "PairBatch", "TokenStats"]
+__all__ = ["DPO", "SELM", "TDPO1", "TDPO2", "AlignLoss", "Method", "PairBatch", "TokenStats"]
