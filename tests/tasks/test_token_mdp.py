@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from locum.errors import UserError
-from locum.tasks.token_mdp import TableMDP, along_paths, inverse_bellman, solve_tree, tree_value
+from locum.tasks.token_mdp import TableMDP, along_paths, inverse_bellman, solve_tree, tied, tree_value
 
 F64 = torch.float64
 
@@ -202,3 +202,88 @@ def test_a_reward_fitted_to_pairs_ranks_responses_by_their_sums():
     sums = torch.stack([mdp.along(table, prompt, y).sum(-1) for table in (found, mdp.reward)])
     assert torch.corrcoef(sums)[0, 1] > 0.8
     assert (mdp.fit_reward(mdp.pairs(10, g), steps=0) == 0).all()
+
+
+def every_response(mdp):
+    """All V^H responses [V^H, H]."""
+    return torch.cartesian_prod(*[torch.arange(mdp.vocab)] * mdp.length)
+
+
+@pytest.mark.parametrize("table", ["random", "tied"])
+def test_measures_equal_enumeration(table):
+    """Reward, KL, entropy and any other expectation: the sum over all 4^4 responses, each with its probability."""
+    mdp = TableMDP.random(0, prompts=2, vocab=4, length=4)
+    g = torch.Generator().manual_seed(1)
+    logits = torch.randn(mdp.ref_logits.shape, generator=g, dtype=F64)
+    if table == "tied":
+        logits = tied(torch.randn(2, 5, 4, generator=g, dtype=F64), 4)
+    other = torch.randn(mdp.ref_logits.shape, generator=g, dtype=F64)
+    y = every_response(mdp)
+    reward, kl, entropy = mdp.measure(logits)
+    expected, reach = mdp.expect(logits, other), mdp.occupancy(logits)
+    for p in range(2):
+        prompt = torch.full((len(y),), p)
+        logp, logref = (mdp.along(z.log_softmax(-1), prompt, y).sum(-1) for z in (logits, mdp.ref_logits))
+        law = logp.exp()
+        assert law.sum().item() == pytest.approx(1, abs=1e-12)
+        assert float(law @ mdp.along(mdp.reward, prompt, y).sum(-1)) == pytest.approx(reward[p].item(), abs=1e-12)
+        assert float(law @ (logp - logref)) == pytest.approx(kl[p].item(), abs=1e-12)
+        assert float(law @ -logp) == pytest.approx(entropy[p].item(), abs=1e-12)
+        assert float(law @ mdp.along(other, prompt, y).sum(-1)) == pytest.approx(expected[p].item(), abs=1e-12)
+        assert reach[p, 0].tolist() == [1, 0, 0, 0]
+        for t in range(1, 4):
+            met = torch.zeros(4, dtype=F64).index_add(0, y[:, t - 1], law)
+            torch.testing.assert_close(reach[p, t], met, atol=1e-12, rtol=0)
+    assert torch.equal(mdp.value(logits), reward)
+
+
+def test_of_the_reference_itself():
+    mdp = TableMDP.scored(3)
+    reward, kl, entropy = mdp.measure(mdp.ref_logits)
+    assert kl.abs().max() < 1e-12
+    assert ((entropy > 0) & (entropy < 8 * math.log(16))).all()
+    assert torch.equal(reward, mdp.value(mdp.ref_logits))
+    torch.testing.assert_close(mdp.occupancy(mdp.ref_logits).sum(-1), torch.ones(4, 8, dtype=F64), atol=1e-12, rtol=0)
+
+
+def test_measures_have_the_gradient_of_their_expectation():
+    """d/dz of the mean reward is what central differences say."""
+    mdp = TableMDP.random(0, prompts=1, vocab=3, length=3)
+    z = mdp.ref_logits.clone().requires_grad_()
+    sum(x.sum() for x in mdp.measure(z)).backward()
+    for at in [(0, 0, 0, 1), (0, 1, 2, 0), (0, 2, 1, 2)]:
+        step = torch.zeros_like(mdp.ref_logits)
+        step[at] = 1e-5
+        high, low = (sum(x.sum() for x in mdp.measure(mdp.ref_logits + s)) for s in (step, -step))
+        assert ((high - low) / 2e-5).item() == pytest.approx(z.grad[at].item(), abs=1e-8)
+
+
+def test_a_tied_table_repeats_its_rows():
+    """At position 0 the last row stands at every previous token; later row = previous token, whatever the width."""
+    rows = torch.arange(2 * 4 * 5, dtype=F64).view(2, 4, 5).requires_grad_()
+    table = tied(rows, 3)
+    assert table.shape == (2, 3, 3, 5)
+    for p in range(2):
+        for previous in range(3):
+            assert torch.equal(table[p, 0, previous], rows[p, 3])
+            assert torch.equal(table[p, 1, previous], rows[p, previous])
+            assert torch.equal(table[p, 2, previous], rows[p, previous])
+    table.sum().backward()
+    assert rows.grad.tolist() == [[[2.0] * 5] * 3 + [[3.0] * 5]] * 2
+
+
+def test_the_scored_task_has_one_rule():
+    mdp = TableMDP.scored(0, prompts=3, vocab=10, length=5, shy=2.0)
+    assert (mdp.prompts, mdp.length, mdp.vocab) == (3, 5, 10)
+    score = [1.0] * 4 + [-1.0] * 4 + [0.0] * 2
+    assert torch.equal(mdp.reward, torch.tensor(score, dtype=F64).expand(3, 5, 10, 10))
+    assert torch.equal(mdp.ref_logits[:, 1:], mdp.ref_logits[:, 1:2].expand(-1, 4, -1, -1))
+    bold = TableMDP.scored(0, prompts=3, vocab=10, length=5, shy=0.0)
+    gap = bold.ref_logits - mdp.ref_logits
+    torch.testing.assert_close(gap[..., :4], torch.full((3, 5, 10, 4), 2.0, dtype=F64), atol=1e-12, rtol=0)
+    assert (gap[..., 4:] == 0).all()
+    y = torch.tensor([[0, 4, 9, 1, 1]])
+    assert mdp.along(mdp.reward, torch.tensor([2]), y).tolist() == [[1, -1, 0, 1, 1]]
+    other = TableMDP.scored(1, prompts=3, vocab=10, length=5)
+    assert not torch.equal(other.ref_logits, mdp.ref_logits)
+    assert torch.equal(other.reward, mdp.reward)

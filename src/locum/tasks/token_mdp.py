@@ -137,10 +137,13 @@ class Pairs:
     rejected: Int[Tensor, "N H"]
 
 
-def tied(logits: Float64[Tensor, "P V1 V"], length: int) -> Float64[Tensor, "P H V V"]:
-    """A table that is the same at all positions: row = previous token, the last row for none. Gradients flow through."""
-    first = logits[:, -1:, None, :].expand(-1, 1, logits.shape[-1], -1)
-    rest = logits[:, None, :-1].expand(-1, length - 1, -1, -1)
+def tied(rows: Float64[Tensor, "P V1 F"], length: int) -> Float64[Tensor, "P H V F"]:
+    """A table that is the same at all positions, of logits or of anything that belongs to a state.
+
+    Row = previous token, the last row for none. Gradients flow through.
+    """
+    first = rows[:, -1:, None, :].expand(-1, 1, rows.shape[1] - 1, -1)
+    rest = rows[:, None, :-1].expand(-1, length - 1, -1, -1)
     return torch.cat([first, rest], 1)
 
 
