@@ -9,5 +9,17 @@ from locum.align.base import AlignLoss, Method, PairBatch, TokenStats
 from locum.align.dpo import DPO
 from locum.align.selm import SELM
 from locum.align.tdpo import TDPO1, TDPO2
+from locum.align.tgdpo import TGDPO, GuideReward, OnlineTGDPO
 
-__all__ = ["DPO", "SELM", "TDPO1", "TDPO2", "AlignLoss", "Method", "PairBatch", "TokenStats"]
+__all__ = [
+    "DPO",
+    "TDPO1",
+    "TDPO2",
+    "TGDPO",
+    "AlignLoss",
+    "GuideReward",
+    "Method",
+    "OnlineTGDPO",
+    "PairBatch",
+    "TokenStats",
+]

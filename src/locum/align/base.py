@@ -193,7 +193,7 @@ class AlignLoss(Method):
             pair = int((~torch.isfinite(z)).nonzero()[0])
             raise UserError(
                 f"pair {pair} of the batch has the margin {z[pair].item()}: a response token is impossible under the policy "
-                "or the reference, the policy rules out what the reference says, or logits are not finite"
+                "or the reference, the policy rules out what the reference says, or logits or a column are not finite"
             )
         loss = (-F.logsigmoid(z) + self.extra(s, z)).mean()
         with torch.no_grad():

@@ -15,7 +15,9 @@ from torch import Tensor
 from locum.align.base import Example
 from locum.errors import UserError
 
-__all__ = ["TokenSignal"]
+__all__ = ["R_HAT", "TokenSignal"]
+
+R_HAT = "r_hat"  # the column of rewards per token, of whatever origin
 
 
 class TokenSignal(ABC):
