@@ -13,6 +13,7 @@ from locum.align.tgdpo import TGDPO, GuideReward, OnlineTGDPO
 
 __all__ = [
     "DPO",
+    "SELM",
     "TDPO1",
     "TDPO2",
     "TGDPO",
