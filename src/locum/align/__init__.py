@@ -5,6 +5,7 @@
 TDPO2(beta=0.1, alpha=0.5)
 """
 
+from locum.align.aligndistil import AlignDistil, OnlineAlignDistil
 from locum.align.base import AlignLoss, Method, PairBatch, TokenStats
 from locum.align.dpo import DPO
 from locum.align.selm import SELM
@@ -17,9 +18,11 @@ __all__ = [
     "TDPO1",
     "TDPO2",
     "TGDPO",
+    "AlignDistil",
     "AlignLoss",
     "GuideReward",
     "Method",
+    "OnlineAlignDistil",
     "OnlineTGDPO",
     "PairBatch",
     "TokenStats",
