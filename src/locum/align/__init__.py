@@ -7,6 +7,7 @@ TDPO2(beta=0.1, alpha=0.5)
 
 from locum.align.aligndistil import AlignDistil, OnlineAlignDistil
 from locum.align.base import AlignLoss, Method, PairBatch, TokenStats
+from locum.align.data import encode, read_pairs
 from locum.align.dpo import DPO
 from locum.align.selm import SELM
 from locum.align.tdpo import TDPO1, TDPO2
@@ -26,4 +27,6 @@ __all__ = [
     "OnlineTGDPO",
     "PairBatch",
     "TokenStats",
+    "encode",
+    "read_pairs",
 ]
