@@ -9,12 +9,14 @@ from locum.align.aligndistil import AlignDistil, OnlineAlignDistil
 from locum.align.base import AlignLoss, Method, PairBatch, TokenStats
 from locum.align.data import encode, read_pairs
 from locum.align.dpo import DPO
+from locum.align.rto import RTO
 from locum.align.selm import SELM
 from locum.align.tdpo import TDPO1, TDPO2
 from locum.align.tgdpo import TGDPO, GuideReward, OnlineTGDPO
 
 __all__ = [
     "DPO",
+    "RTO",
     "SELM",
     "TDPO1",
     "TDPO2",
