@@ -14,8 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from locum.align.base import Example, PairBatch, Signal
-from locum.align.statistics import LOGP_REF, Scorer, collate, token_log_probs
-from locum.tokens.logprobs import log_prob, over_tiles
+from locum.align.statistics import Scorer, token_log_probs, token_signals
 
 __all__ = ["Online", "Round"]
 
@@ -60,23 +59,12 @@ class Round:
         """log p of each response token under one of the models, one tensor per example."""
         return token_log_probs(self.scorers[model], examples, block, self.pad_id, self.batch_size, self.move)
 
-    @torch.no_grad()
     def signals(self, examples: Sequence[Example], block: str = "response") -> list[dict[str, Float[Tensor, " _"]]]:
-        """The signal's columns of each response, one dict per example (a critic's values, for instance).
-
-        "logp_ref" too, the reference's log p of each token, since the reference is run for it.
-        """
+        """The signal's columns of each response, one dict per example, and "logp_ref"; empty without a signal."""
         if self.signal is None:
             return [{} for _ in examples]
-        out: list[dict[str, Tensor]] = []
-        for start in range(0, len(examples), self.batch_size):
-            batch = self.move(collate(examples[start : start + self.batch_size], (block,), pad_id=self.pad_id))
-            ref = self.scorers["ref"](batch, self.signal.taps)
-            found = self.signal(ref, batch) | {LOGP_REF: over_tiles(log_prob, [ref], batch.targets)[0]}
-            lengths = batch.mask.sum(-1).tolist()
-            rows = {name: values.cpu().split(lengths) for name, values in found.items()}
-            out += [{name: parts[i] for name, parts in rows.items()} for i in range(len(lengths))]
-        return out
+        ref = self.scorers["ref"]
+        return token_signals(self.signal, ref, examples, block, self.pad_id, self.batch_size, self.move)
 
 
 class Online(ABC):

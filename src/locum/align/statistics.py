@@ -1,6 +1,6 @@
 """From a batch and its models to `TokenStats`: each model is scored once, and only what the method declares is computed."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -14,7 +14,7 @@ from locum.errors import UserError
 from locum.models.scoring import Reduce, adapter, score
 from locum.tokens.logprobs import Scores, log_prob, over_tiles
 
-__all__ = ["BASE", "ModelScorer", "Scorer", "collate", "statistics", "token_log_probs", "token_values"]
+__all__ = ["BASE", "ModelScorer", "Scorer", "collate", "statistics", "token_log_probs", "token_signals", "token_values"]
 
 LOGP_REF = "logp_ref"  # the column that holds the reference's log-probabilities where they were computed before
 BASE = ""  # the adapter that is none
@@ -188,14 +188,46 @@ def token_values(
 
     One tensor per example; batched by length, without gradient. `move` puts a batch on the models' device.
     """
-    order = sorted(
-        range(len(examples)), key=lambda i: len(examples[i]["prompt_ids"]) + len(examples[i][f"{block}_ids"])
-    )
     out: list[Tensor] = [torch.empty(0)] * len(examples)
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        batch = move(collate([examples[i] for i in rows], (block,), pad_id=pad_id))
+    for rows, batch in _by_length(examples, block, pad_id, batch_size, move):
         (found,) = over_tiles(fn, [scorer(batch) for scorer in scorers], batch.targets)
         for i, values in zip(rows, found.cpu().split(batch.mask.sum(-1).tolist()), strict=True):
             out[i] = values
     return out
+
+
+@torch.no_grad()
+def token_signals(
+    signal: Signal,
+    ref: Scorer,
+    examples: Sequence[Example],
+    block: str = "response",
+    pad_id: int = 0,
+    batch_size: int = 16,
+    move: Callable[[PairBatch], PairBatch] = lambda batch: batch,
+) -> list[dict[str, Float[Tensor, " _"]]]:
+    """What a signal says of each response token of one block, by column, one dict per example (masks, a critic's values).
+
+    "logp_ref" too, the reference's log p of each token, since the reference is run for it. `move` puts a batch on the
+    reference's device.
+    """
+    out: list[dict[str, Tensor]] = [{} for _ in examples]
+    for rows, batch in _by_length(examples, block, pad_id, batch_size, move):
+        scores = ref(batch, signal.taps)
+        columns = signal(scores, batch) | {LOGP_REF: over_tiles(log_prob, [scores], batch.targets)[0]}
+        for name, found in columns.items():
+            for i, values in zip(rows, found.cpu().split(batch.mask.sum(-1).tolist()), strict=True):
+                out[i][name] = values
+    return out
+
+
+def _by_length(
+    examples: Sequence[Example], block: str, pad_id: int, batch_size: int, move: Callable[[PairBatch], PairBatch]
+) -> Iterator[tuple[list[int], PairBatch]]:
+    """Batches of examples of about one length, with their numbers."""
+    order = sorted(
+        range(len(examples)), key=lambda i: len(examples[i]["prompt_ids"]) + len(examples[i][f"{block}_ids"])
+    )
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        yield rows, move(collate([examples[i] for i in rows], (block,), pad_id=pad_id))
