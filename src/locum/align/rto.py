@@ -30,8 +30,8 @@ r_MLE is a score for the whole response, in standard deviations; beta_3 = 0 drop
 Then PPO: advantages by GAE with a critic V (without: the discounted reward to go), whitened over all tokens of the
 round; and with rho_t = pi/pi_old
 
-    L = mean over rows, of means over tokens, of  -min(rho A, clip(rho, 1 +- clip_eps) A)
-                                                + max((V - R)^2, (clip(V, V_old +- value_clip) - R)^2)/2
+    L = mean over rows of means over tokens of  -min(rho A, clip(rho, 1 +- clip_eps) A) + l_V
+    l_V = max((V - R)^2, (clip(V, V_old +- value_clip) - R)^2)/2
 
 Shapes: all of these [rows, tokens], nats; scores [rows]. Cost of a round: sampling, one forward each of policy, reference
 and DPO model (one more than PPO), and the scorer. A batch of the loss needs the policy alone, with a critic the
