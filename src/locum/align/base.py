@@ -64,6 +64,11 @@ class PairBatch:
         """The response tokens, row by row."""
         return self.ids[:, 1:][self.mask]
 
+    def to(self, device: torch.device | str) -> "PairBatch":
+        """The batch on a device."""
+        ids, real, done = (x.to(device) for x in (self.ids, self.attention_mask, self.completion_mask))
+        return PairBatch(ids, real, done, self.blocks, {name: x.to(device) for name, x in self.columns.items()})
+
     def spread(self, values: Float[Tensor, " n"]) -> Float[Tensor, "rows _"]:
         """Numbers of the response tokens, row by row, put at their places [rows, L - 1]; 0 elsewhere."""
         return torch.zeros(self.mask.shape, dtype=values.dtype, device=values.device).masked_scatter(self.mask, values)
@@ -182,27 +187,34 @@ class AlignLoss(Method):
         """What is added to each pair's loss; z is the margin."""
         return 0.0
 
+    def target(self) -> float:
+        """What the chosen response's sum must be ahead by; it is taken off z."""
+        return 0.0
+
     def logs(self, s: TokenStats) -> Logs:
         """More to log, detached."""
         return {}
 
     def __call__(self, s: TokenStats) -> tuple[Float[Tensor, ""], Logs]:
         chosen, rejected, *_ = (self.beta * x for x in s.sums(self.score(s)))
-        z = chosen - rejected
+        z = chosen - rejected - self.target()
         if not torch.isfinite(z).all():
             pair = int((~torch.isfinite(z)).nonzero()[0])
             raise UserError(
                 f"pair {pair} of the batch has the margin {z[pair].item()}: a response token is impossible under the policy "
                 "or the reference, the policy rules out what the reference says, or logits or a column are not finite"
             )
-        loss = (-F.logsigmoid(z) + self.extra(s, z)).mean()
+        preference, extra = -F.logsigmoid(z), self.extra(s, z)
+        loss = (preference + extra).mean()
         with torch.no_grad():
             logs = {
                 "rewards/chosen": chosen.mean(),
                 "rewards/rejected": rejected.mean(),
-                "rewards/margins": z.mean(),
-                "rewards/accuracies": (z > 0).to(z.dtype).mean(),
+                "rewards/margins": (chosen - rejected).mean(),
+                "rewards/accuracies": (chosen > rejected).to(z.dtype).mean(),
             }
+            if isinstance(extra, Tensor):
+                logs |= {"loss/preference": preference.mean(), "loss/extra": extra.mean()}
             if s.k is not None:
                 logs |= {f"kl/{name}": x.mean() for name, x in zip(self.blocks, s.sums(s.k), strict=True)}
             logs |= self.logs(s)
