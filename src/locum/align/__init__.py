@@ -7,22 +7,27 @@ TDPO2(beta=0.1, alpha=0.5)
 
 from locum.align.aligndistil import AlignDistil, OnlineAlignDistil
 from locum.align.base import AlignLoss, Method, PairBatch, TokenStats
+from locum.align.cdpo import CDPO, ContrastiveEstimation
 from locum.align.data import encode, read_pairs
 from locum.align.dpo import DPO
 from locum.align.rto import RTO
 from locum.align.selm import SELM
+from locum.align.sft import SFT
 from locum.align.tdpo import TDPO1, TDPO2
 from locum.align.tgdpo import TGDPO, GuideReward, OnlineTGDPO
 
 __all__ = [
+    "CDPO",
     "DPO",
     "RTO",
     "SELM",
+    "SFT",
     "TDPO1",
     "TDPO2",
     "TGDPO",
     "AlignDistil",
     "AlignLoss",
+    "ContrastiveEstimation",
     "GuideReward",
     "Method",
     "OnlineAlignDistil",
