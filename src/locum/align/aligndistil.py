@@ -10,13 +10,13 @@ RLHF with DPO's reward maximises, over the policy's own responses,
 
 With w = beta_0 / beta, a state's share of it is a divergence from a law p* that mixes logits, and a number without pi:
 
-    J(pi) = E_{y ~ pi} sum_t [ -beta KL(pi(.|s_t) || p*(.|s_t)) + beta log Z(s_t) ],   p* = softmax(w z_dpo + (1-w) z_ref),
-    Z(s) = sum_v ref(v|s) (dpo(v|s) / ref(v|s))^w
+    J(pi) = E_{y ~ pi} sum_t [ -beta KL(pi(.|s_t) || p*(.|s_t)) + beta log Z(s_t) ]
+    p*(.|s) = softmax(w z_dpo + (1-w) z_ref),    Z(s) = sum_v ref(v|s) (dpo(v|s) / ref(v|s))^w
 
 so a policy can be distilled towards p*, with a target for every token of the vocabulary instead of one noisy number for
 the token that came. At beta = beta_0, Z is 1 everywhere and p* = dpo is the optimum. Otherwise p* is the best policy
 of an agent that does not look ahead to the log Z of the states its tokens lead to (the paper's theorem 1 leaves log Z
-out); J(p*) lies between J(dpo) and the optimum. With the reward beta_0 log dpo/reverse, where `reverse` is a DPO model
+out); on random trees J(p*) lies close below the optimum and above J(dpo). With the reward beta_0 log dpo/reverse, where `reverse` is a DPO model
 of the same pairs with chosen and rejected exchanged, and dpo in ref's place as the anchor, the teacher extrapolates.
 Per state, with D = 1/2 sum_v |dpo - reverse| in [0, 1] and alpha = r D + eps:
 
@@ -25,7 +25,9 @@ Per state, with D = 1/2 sum_v |dpo - reverse| in [0, 1] and alpha = r D + eps:
     "adaptive"          p* = softmax(z_dpo + alpha (z_dpo - z_reverse))     the paper's method
     "dpo_ref_adaptive"  p* = softmax(z_ref + alpha (z_dpo - z_ref))         D between dpo and ref
 
-    L = mean over responses of 1/|y| sum_t beta_t KL(pi(.|s_t) || p*(.|s_t)),   beta_t = beta_0 / alpha_t   (alpha_t = w: beta)
+    L = mean over responses of 1/|y| sum_t beta_t KL(pi(.|s_t) || p*(.|s_t)),    beta_t = beta_0 / alpha_t
+
+(where alpha is the constant w, beta_t is beta).
 
 Responses are the data's chosen ones, or the policy's own (`OnlineAlignDistil`), whose sampling counts as constant. The
 gradient in the policy's logits is beta_t pi (log pi/p* - KL) / |y|; nothing else has one.
