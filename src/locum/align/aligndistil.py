@@ -16,9 +16,9 @@ With w = beta_0 / beta, a state's share of it is a divergence from a law p* that
 so a policy can be distilled towards p*, with a target for every token of the vocabulary instead of one noisy number for
 the token that came. At beta = beta_0, Z is 1 everywhere and p* = dpo is the optimum. Otherwise p* is the best policy
 of an agent that does not look ahead to the log Z of the states its tokens lead to (the paper's theorem 1 leaves log Z
-out); on random trees J(p*) lies close below the optimum and above J(dpo). With the reward beta_0 log dpo/reverse, where `reverse` is a DPO model
-of the same pairs with chosen and rejected exchanged, and dpo in ref's place as the anchor, the teacher extrapolates.
-Per state, with D = 1/2 sum_v |dpo - reverse| in [0, 1] and alpha = r D + eps:
+out); on random trees J(p*) lies close below the optimum and above J(dpo). The other reward is beta_0 log dpo/reverse,
+where `reverse` is a DPO model of the same pairs with chosen and rejected exchanged; with dpo in ref's place as the
+anchor, the teacher extrapolates. Per state, with D = 1/2 sum_v |dpo - reverse| in [0, 1] and alpha = r D + eps:
 
     "dpo_ref"           p* = softmax(z_ref + w     (z_dpo - z_ref))
     "contrastive"       p* = softmax(z_dpo + w     (z_dpo - z_reverse))
@@ -178,6 +178,8 @@ class AlignDistil(Method):
 @dataclass(frozen=True)
 class OnlineAlignDistil(AlignDistil, Online):
     """Distillation at the states of the policy's own responses: a round samples one per prompt, and uses it once.
+
+    A round of one batch is the paper's algorithm; in a longer one the later batches are a little off-policy.
 
     Args:
         teacher, beta_0, beta, eps, length_norm, weight_by_beta, temperature: as `AlignDistil`.
