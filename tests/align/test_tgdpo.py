@@ -181,7 +181,7 @@ def test_language_models_with_nothing_but_the_policy_in_memory():
     ]
     frozen = {name: lms[name] for name in ("ref", "guide")}
     want = OnlineTGDPO(alpha=2.0)(statistics(OnlineTGDPO(alpha=2.0), collate(pairs, left=True), lms["policy"], frozen))
-    done = GuideReward(lms["guide"], lms["ref"]).annotate(pairs)
+    done = GuideReward.of(*(tiny(vocab_size=16, seed=i) for i in (2, 1))).annotate(pairs)
     for block in ("chosen", "rejected"):
         for example, row in zip(done, token_log_probs(lms["ref"], pairs, block), strict=True):
             example[f"{block}_{LOGP_REF}"] = row
@@ -236,6 +236,8 @@ def test_what_is_missing_is_named(tables):
     big = TableScorer(torch.zeros(1, H, V + 1, V + 1, dtype=F64))
     with pytest.raises(UserError, match=r"all models must have the same vocabulary; their logits have 4, 5 entries"):
         GuideReward(big, one["ref"]).annotate(as_examples(batch))
+    with pytest.raises(UserError, match=r"guide 'tiny-8-0' has 8 tokens and model 'tiny-9-0' has 9; they must share"):
+        GuideReward.of(tiny(vocab_size=8), tiny(vocab_size=9))
     with pytest.raises(UserError, match="example 0 of the batch has an empty rejected response"):
         GuideReward(one["ref"], one["ref"]).annotate([{"prompt_ids": [0], "chosen_ids": [1], "rejected_ids": []}])
 

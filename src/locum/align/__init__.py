@@ -15,6 +15,7 @@ from locum.align.selm import SELM
 from locum.align.sft import SFT
 from locum.align.tdpo import TDPO1, TDPO2
 from locum.align.tgdpo import TGDPO, GuideReward, OnlineTGDPO
+from locum.align.treg import TREG, RewriteReward, SimPOReg
 
 __all__ = [
     "CDPO",
@@ -25,6 +26,7 @@ __all__ = [
     "TDPO1",
     "TDPO2",
     "TGDPO",
+    "TREG",
     "AlignDistil",
     "AlignLoss",
     "ContrastiveEstimation",
@@ -33,6 +35,8 @@ __all__ = [
     "OnlineAlignDistil",
     "OnlineTGDPO",
     "PairBatch",
+    "RewriteReward",
+    "SimPOReg",
     "TokenStats",
     "encode",
     "read_pairs",

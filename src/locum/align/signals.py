@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from locum.align.base import Example
+from locum.align.base import Example, PerToken, TokenStats
 from locum.errors import UserError
 
-__all__ = ["R_HAT", "TokenSignal"]
+__all__ = ["R_HAT", "TokenSignal", "bounded"]
 
 R_HAT = "r_hat"  # the column of rewards per token, of whatever origin
 
@@ -49,3 +49,18 @@ class TokenSignal(ABC):
                     )
                 example[name] = row.tolist()
         return annotated
+
+
+def bounded(s: TokenStats, column: str, low: float, high: float) -> PerToken:
+    """A column of a batch whose numbers at response tokens must lie in [low, high].
+
+    Raises: UserError naming the column, its first number outside (nan too) and the batch's row.
+    """
+    x = s.columns[column]
+    outside = s.mask & ~((x >= low) & (x <= high))
+    if outside.any():
+        row, at = outside.nonzero()[0].tolist()
+        raise UserError(
+            f"the column {column!r} must lie in [{low:g}, {high:g}]; row {row} of the batch has {x[row, at].item():g}"
+        )
+    return x

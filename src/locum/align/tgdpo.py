@@ -56,8 +56,9 @@ from torch import Tensor
 
 from locum.align.base import AlignLoss, Example, Logs, PairBatch, PerToken, TokenStats
 from locum.align.signals import R_HAT, TokenSignal
-from locum.align.statistics import Scorer, token_values
+from locum.align.statistics import ModelScorer, Scorer, token_values
 from locum.method import require
+from locum.models import LM, require_same_vocabulary
 from locum.tokens.logprobs import Tile, log_prob
 
 __all__ = ["TGDPO", "GuideReward", "OnlineTGDPO", "guide_reward"]
@@ -181,6 +182,17 @@ class GuideReward(TokenSignal):
 
     def __post_init__(self) -> None:
         require(self, "beta", 0 < self.beta < inf, "finite and > 0")
+
+    @classmethod
+    def of(cls, guide: LM, ref: LM, beta: float = 0.1, batch_size: int = 16) -> "GuideReward":
+        """From two language models.
+
+        Raises: UserError if their tokens are not the same.
+        """
+        require_same_vocabulary(ref, guide, "guide")
+        return cls(
+            ModelScorer(guide.model), ModelScorer(ref.model), beta, 0, batch_size, lambda batch: batch.to(ref.device)
+        )
 
     def values(self, examples: Sequence[Example], block: str) -> list[Float[Tensor, " _"]]:
         reward = partial(guide_reward, beta=self.beta)

@@ -71,15 +71,15 @@ class LM:
         return self.tokenizer
 
 
-def require_same_vocabulary(target: LM, draft: LM) -> None:
-    """Refuse a draft whose ids mean something else.
+def require_same_vocabulary(target: LM, draft: LM, role: str = "draft") -> None:
+    """Refuse a draft, or another model with a `role` beside the target, whose ids mean something else.
 
     Raises: UserError naming both models and the first difference.
     """
     sizes = target.vocab_size, draft.vocab_size
     if sizes[0] != sizes[1]:
         raise UserError(
-            f"draft {draft.name!r} has {sizes[1]} tokens and model {target.name!r} has {sizes[0]}; they must share one vocabulary"
+            f"{role} {draft.name!r} has {sizes[1]} tokens and model {target.name!r} has {sizes[0]}; they must share one vocabulary"
         )
     if target.tokenizer is None or draft.tokenizer is None or target.tokenizer is draft.tokenizer:
         return
@@ -87,7 +87,7 @@ def require_same_vocabulary(target: LM, draft: LM) -> None:
     if ours != theirs:
         token = next(t for t in sorted(ours.keys() | theirs.keys()) if ours.get(t) != theirs.get(t))
         raise UserError(
-            f"draft {draft.name!r} and model {target.name!r} must share one vocabulary, but token {token!r} is "
+            f"{role} {draft.name!r} and model {target.name!r} must share one vocabulary, but token {token!r} is "
             f"{theirs.get(token)} in the one and {ours.get(token)} in the other"
         )
 
