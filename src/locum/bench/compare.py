@@ -87,6 +87,10 @@ class Task(ABC):
         """How long a unit takes, as far as can be told before, in any measure of time that all of them share."""
         return 1.0
 
+    def told(self, row: Row) -> str:
+        """What the progress says of a row."""
+        return f"{row['method']} on {row['group']} {row['item'] + 1}"
+
     def items(self) -> list[str]:
         """The items' texts, for the report; empty when they have none."""
         return []
@@ -242,7 +246,7 @@ def _measure(task: Task, store: Store, where: Engine) -> bool:
             for row in rows:
                 store.append(row)
                 ended += share[row["method"], row["seed"], row["item"]] if row["role"] == "unit" else 0
-                bar.at(ended, f"{row['method']} on {row['group']} {row['item'] + 1}")
+                bar.at(ended, task.told(row))
         except KeyboardInterrupt:
             return True
         finally:

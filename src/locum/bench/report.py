@@ -107,9 +107,9 @@ def table(page: Page) -> Table:
     wide = [page.measure(k) for k in page.columns]
     names = list(dict.fromkeys(r["group"] for r in page.groups))
     for measure in wide:
-        shown.add_column(
-            measure.title, justify="right", width=16 if measure.key == page.main else _width(measure.title)
-        )
+        with_interval = 26 if measure.signed else 16
+        width = with_interval if measure.key == page.main else _width(measure.title)
+        shown.add_column(measure.title, justify="right", width=width)
     names = names if page.pooled and 1 < len(names) <= 4 else []  # more have no room; the report shows them
     for name in names:
         shown.add_column(f"on {name}", justify="right", width=_width(name))

@@ -10,6 +10,7 @@ from rich.text import Text
 from tyro.conf import Positional
 
 from locum.bench.compare import compare
+from locum.bench.compare_align import AlignTask
 from locum.bench.compare_decode import DecodeTask
 from locum.bench.verify import available, run_claims
 from locum.cli.command import Command, console, emit, quiet_stdout, read, table
@@ -18,7 +19,7 @@ from locum.paper import FAMILIES, catalogue
 
 __all__ = ["Compare", "Verify"]
 
-TASKS = {"decode": DecodeTask}
+TASKS = {"align": AlignTask, "decode": DecodeTask}
 VERDICTS = {"holds": "green", "fails": "red", "inconclusive": "yellow"}
 
 

@@ -1,0 +1,197 @@
+"""The methods on the token MDP's tables, where reward, KL and entropy are known exactly: what each method is given there.
+
+A world is one seed's MDP (`TableMDP.scored`), its pairs and the budget: every method has the same pairs, steps, batches,
+optimizer and start. What a method needs beyond the pairs (a guide, contrastive models, features) its `Setup` makes,
+from the same pairs, and the time for it is counted.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from locum.align import DPO
+from locum.align.base import Example, Method, PairBatch, Signal
+from locum.align.signals import TokenSignal
+from locum.align.statistics import Scorer
+from locum.align.table import Curve, TableScorer, fit, response_batch, train
+from locum.bench.store import Row
+from locum.method import names
+from locum.tasks.token_mdp import Pairs, TableMDP
+
+__all__ = ["PAIRS", "RECIPES", "Setup", "World", "run_table"]
+
+PAIRS, HELD_OUT = 3000, 1000
+POINTS = 40  # exact measurements along a training
+
+Table = Float64[Tensor, "P H V V"]
+BatchOf = Callable[[int, Tensor], PairBatch]
+
+
+@dataclass(frozen=True, eq=False)
+class World:
+    """What all methods have in common for one seed."""
+
+    mdp: TableMDP
+    pairs: Pairs
+    held_out: Pairs
+    seed: int
+    steps: int
+    batch_size: int
+    lr: float
+    beta: float
+
+    @classmethod
+    def of(cls, seed: int, steps: int, batch_size: int, lr: float, beta: float) -> "World":
+        mdp, g = TableMDP.scored(seed), torch.Generator().manual_seed(10_000 + seed)
+        return cls(mdp, mdp.pairs(PAIRS, g), mdp.pairs(HELD_OUT, g), seed, steps, batch_size, lr, beta)
+
+    def make(self, name: str, **settings: Any) -> Method:
+        """The method of a name, with the common beta where it has one."""
+        cls = names("align")[name]
+        common = {"beta": self.beta} if "beta" in {f.name for f in fields(cls)} else {}
+        made: Method = cls(**common, **settings)
+        return made
+
+    def fit(self, method: Method, pairs: Pairs | None = None, **settings: Any) -> Curve:
+        """A training with the common budget."""
+        every = max(1, self.steps // POINTS)
+        common: dict[str, Any] = {"steps": self.steps, "batch_size": self.batch_size, "lr": self.lr, "seed": self.seed}
+        return fit(method, self.mdp, self.pairs if pairs is None else pairs, measure_every=every, **common, **settings)
+
+    def train(self, method: Method, batch_of: BatchOf, **settings: Any) -> Curve:
+        """A training with the common budget on other batches than pairs."""
+        every = max(1, self.steps // POINTS)
+        return train(method, self.mdp, batch_of, steps=self.steps, lr=self.lr, measure_every=every, **settings)
+
+    def responses(self, y: Tensor) -> BatchOf:
+        """Batches of one response each, in a random order."""
+        g = torch.Generator().manual_seed(self.seed)
+
+        def batch_of(step: int, logits: Tensor) -> PairBatch:
+            rows = torch.randint(len(y), (self.batch_size,), generator=g)
+            return response_batch(self.pairs.prompt[rows], y[rows])
+
+        return batch_of
+
+    def scorer(self, method: Method, **settings: Any) -> TableScorer:
+        """The policy that a training ends with, as a frozen model."""
+        return TableScorer(self.fit(method, **settings).logits)
+
+    @property
+    def reference(self) -> TableScorer:
+        return TableScorer(self.mdp.ref_logits)
+
+    @property
+    def examples(self) -> list[Example]:
+        """The pairs as examples."""
+        table = zip(self.pairs.prompt.tolist(), self.pairs.chosen.tolist(), self.pairs.rejected.tolist(), strict=True)
+        return [{"prompt_ids": [x], "chosen_ids": w, "rejected_ids": other} for x, w, other in table]
+
+    def column(self, signal: TokenSignal) -> dict[str, Tensor]:
+        """A signal's values as the column that `fit` takes."""
+        blocks = (torch.stack(signal.values(self.examples, block)) for block in ("chosen", "rejected"))
+        return {signal.column: torch.cat(list(blocks))}
+
+
+@dataclass(frozen=True, eq=False)
+class Setup:
+    """What a method is trained with on a table.
+
+    Args:
+        method: with its parameters.
+        note: what a reader must know of it, beyond its parameters.
+        columns, frozen, signal, features: as `locum.align.table.fit` takes them.
+        batch_of: makes the batches, for methods that are not trained on the pairs as they are.
+    """
+
+    method: Method
+    note: str = ""
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
+    frozen: Mapping[str, Scorer] = field(default_factory=dict)
+    signal: Signal | None = None
+    features: tuple[Tensor, ...] = ()
+    batch_of: BatchOf | None = None
+
+
+def _sft(world: World) -> Setup:
+    return Setup(world.make("sft"), "imitates the chosen responses", batch_of=world.responses(world.pairs.chosen))
+
+
+def _tgdpo(world: World) -> Setup:
+    from locum.align.tgdpo import GuideReward
+
+    guide = GuideReward(world.scorer(DPO(world.beta)), world.reference, world.beta)
+    return Setup(world.make("tgdpo"), "its guide is DPO, trained on the same pairs before", world.column(guide))
+
+
+#: name -> what it is given; every other method is trained on the pairs as it is
+RECIPES: dict[str, Callable[[World], Setup]] = {"sft": _sft, "tgdpo": _tgdpo}
+
+
+def run_table(name: str, world: World) -> Row:
+    """One method's training on one world, as a raw row."""
+    began = time.perf_counter()
+    setup = RECIPES[name](world) if name in RECIPES else Setup(world.make(name))
+    ready = time.perf_counter()
+    common: dict[str, Any] = {"frozen": setup.frozen, "signal": setup.signal, "features": setup.features}
+    if setup.batch_of is None:
+        curve = world.fit(setup.method, columns=setup.columns, **common)
+    else:
+        curve = world.train(setup.method, setup.batch_of, **common)
+    seconds = time.perf_counter() - ready
+    every = max(1, world.steps // POINTS)
+    steps = [*range(0, world.steps, every), world.steps]
+    length = world.mdp.length
+    rows = world.batch_size * len(setup.method.blocks)
+    return {
+        "settings": f"{setup.method}" + (f"; {setup.note}" if setup.note else ""),
+        "score": "reward",
+        "curve": {
+            "step": steps,
+            "reward": curve.reward,
+            "kl": curve.kl,
+            "entropy": curve.entropy,
+            "accuracy": [0.5, *[None] * (len(steps) - 2), _accuracy(world, curve.logits)],
+            "length": [float(length)] * len(steps),
+        },
+        "tokens": world.steps * rows * (length + 1),
+        "seconds": seconds,
+        "preparation_seconds": ready - began,
+        "samples": _samples(world, curve.logits),
+        "samples_note": "Each sign is a token and what it scores: + for 1, − for −1, · for 0.",
+    }
+
+
+def _accuracy(world: World, logits: Table) -> float:
+    """Share of held-out pairs whose chosen response has the larger log-ratio to the reference; ties count half."""
+    mdp, pairs = world.mdp, world.held_out
+    gap = logits.log_softmax(-1) - mdp.ref_logits.log_softmax(-1)
+    margin = mdp.along(gap, pairs.prompt, pairs.chosen).sum(-1) - mdp.along(gap, pairs.prompt, pairs.rejected).sum(-1)
+    return float(0.5 + 0.5 * margin.sign().mean())
+
+
+def _samples(world: World, logits: Table) -> list[Row]:
+    """Responses of the reference and of the trained policy, as the scores of their tokens: +, - and a dot for none."""
+    mdp, prompts = world.mdp, torch.arange(world.mdp.prompts).repeat_interleave(2)
+
+    def say(table: Table) -> tuple[list[str], list[float]]:
+        y = mdp.sample(table, prompts, torch.Generator().manual_seed(world.seed))
+        scores = mdp.along(mdp.reward, prompts, y)
+        signs = [" ".join("+" if x > 0 else "−" if x < 0 else "·" for x in row) for row in scores.tolist()]
+        return signs, scores.sum(-1).tolist()
+
+    (before, low), (after, high) = say(mdp.ref_logits), say(logits)
+    return [
+        {
+            "prompt": f"prompt {p + 1} of {mdp.prompts}",
+            "before": before[i],
+            "after": after[i],
+            "reward": [low[i], high[i]],
+        }
+        for i, p in enumerate(prompts.tolist())
+    ]
