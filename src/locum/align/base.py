@@ -104,7 +104,7 @@ class TokenStats:
         """Sum over each response's tokens, block by block."""
         return masked_sum(x, self.mask).chunk(self.blocks)
 
-    def per_block(self, x: PerToken) -> tuple[PerToken, ...]:
+    def per_block(self, x: PerToken) -> tuple[Float[Tensor, "pairs tokens"], ...]:
         """The rows of each block."""
         return x.chunk(self.blocks)
 
