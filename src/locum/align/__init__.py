@@ -13,6 +13,7 @@ from locum.align.dpo import DPO
 from locum.align.rto import RTO
 from locum.align.selm import SELM
 from locum.align.sft import SFT
+from locum.align.sparsepo import SparsePO
 from locum.align.tdpo import TDPO1, TDPO2
 from locum.align.tgdpo import TGDPO, GuideReward, OnlineTGDPO
 from locum.align.treg import TREG, RewriteReward, SimPOReg
@@ -37,6 +38,7 @@ __all__ = [
     "PairBatch",
     "RewriteReward",
     "SimPOReg",
+    "SparsePO",
     "TokenStats",
     "encode",
     "read_pairs",
