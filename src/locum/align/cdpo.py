@@ -106,8 +106,9 @@ class CDPO(AlignLoss):
         chosen = ce if self.weight_chosen else torch.ones_like(ce)
         return torch.where(s.is_chosen, chosen, 1 - ce) * s.d
 
-    def extra(self, s: TokenStats, z: Float[Tensor, "*pairs"]) -> Float[Tensor, "*pairs"]:
-        return self.label_smoothing * z  # (1 - e) f(z) + e f(-z) = f(z) + e z for f = -log sigmoid
+    def extra(self, s: TokenStats, z: Float[Tensor, "*pairs"]) -> Float[Tensor, "*pairs"] | float:
+        # (1 - e) f(z) + e f(-z) = f(z) + e z for f = -log sigmoid
+        return self.label_smoothing * z if self.label_smoothing else 0.0
 
     def __call__(self, s: TokenStats) -> tuple[Float[Tensor, ""], Logs]:
         loss, logs = super().__call__(s)
@@ -115,6 +116,7 @@ class CDPO(AlignLoss):
             chosen, rejected = s.per_block(torch.where(s.mask, self.beta * self.score(s), 0.0))
             z = chosen - rejected
             loss = (-F.logsigmoid(z) + self.extra(s, z)).mean()
+            logs = {name: value for name, value in logs.items() if not name.startswith("loss/")}  # the pairs' parts
         return loss, logs
 
 

@@ -100,7 +100,7 @@ class Rollouts:
         """The critical token of a wrong response."""
         ids = list(example[f"{block}_ids"])
         if not ids:
-            raise UserError(f"the {block} response has no token, so none of it can be critical")
+            raise UserError(f"{block}_ids holds no token, so none of it can be critical")
         counts, start, settled = torch.zeros(0, dtype=torch.long), len(ids), False
         while start > 0 and not settled:
             begin = max(0, start - self.prefixes)
