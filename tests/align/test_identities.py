@@ -50,7 +50,7 @@ def test_at_the_reference_the_kl_terms_have_no_gradient(method, world):
     torch.testing.assert_close(gradient, slope, atol=1e-10, rtol=0)
 
 
-@pytest.mark.parametrize("alpha", [0.25, 1.0, 3.0])
+@pytest.mark.parametrize("alpha", [0.25, 1.0, 1.9])
 def test_at_the_reference_t_reg_and_tgdpo_go_the_same_way(alpha, world):
     """Both weigh tokens by 1 + alpha r and 1 - alpha r; away from the reference their pairs weigh differently."""
     policy, ref, guide, batch = world
