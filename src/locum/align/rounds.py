@@ -1,7 +1,7 @@
 """Rounds: methods that make their own data sample, label and train, again and again.
 
 A `Round` is what a method may use to make its next examples: the policy as it is now, its frozen models, a sampler and a
-labeller. It is the same for a language model and for a table policy.
+labeller. It is the same for a language model (`locum.align.driver.run_rounds`) and for a table policy (`table_round`).
 """
 
 from abc import ABC, abstractmethod
