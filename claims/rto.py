@@ -4,8 +4,8 @@ Four prompts, eight tokens, 32 positions; the hidden reward is dense and random.
 responses train a DPO model and, in the same number of steps, a reward model that sees whole responses. Then PPO with a
 table critic, by RTO's own rounds and loss: 64 responses a round, four steps on each. "token" and "eos" pay the same in
 total. The measure is the exact mean of the hidden reward after each of the first 30 rounds, averaged: how fast is
-learnt, not where it ends; the level after 60 rounds is a figure beside it, and so is "shaped", which the criterion
-leaves alone.
+learnt, not where it ends. Figures that the criterion leaves alone: the level after 60 rounds, "shaped", and the same
+measure at other learning rates, of which each placement then takes the one that serves it best.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,10 +33,11 @@ PAIRS, STEPS, SAMPLES, BETA = (
     0.1,
 )  # of DPO and of the reward model; responses that standardise its scores
 ROUNDS, EARLY, RESPONSES, EPOCHS, LR, CRITIC_LR = 60, 30, 64, 4, 0.05, 0.1
+OTHER_LRS, COMPARED = (0.1, 0.2, 0.4), ("token", "none", "eos")
 PLACEMENTS: tuple[Placement, ...] = ("token", "none", "eos", "shaped")
 
 
-def curve_of(mdp: TableMDP, method: RTO, dpo: Tensor, scores: Tensor, rounds: int, seed: int) -> list[float]:
+def curve_of(mdp: TableMDP, method: RTO, dpo: Tensor, scores: Tensor, rounds: int, lr: float, seed: int) -> list[float]:
     """Exact mean hidden reward after each round, the reference's first."""
     g, critic = torch.Generator().manual_seed(2000 + seed), TableCritic(mdp.prompts, mdp.length, mdp.vocab, CRITIC_LR)
     frozen = {"dpo": TableScorer(dpo)}
@@ -62,7 +63,7 @@ def curve_of(mdp: TableMDP, method: RTO, dpo: Tensor, scores: Tensor, rounds: in
         signal=critic,
         tie=False,
         steps=rounds * EPOCHS,
-        lr=LR,
+        lr=lr,
         measure_every=EPOCHS,
     ).reward
 
@@ -84,57 +85,71 @@ def run(seed: int, fast: bool, progress: Callable[[str, int, int], None]) -> dic
     for done, placement in enumerate(PLACEMENTS, 1):
         progress(placement, done, 1 + len(PLACEMENTS))
         method = RTO(placement, reward_mean=float(seen.mean()), reward_std=float(seen.std()))
-        row[placement] = curve_of(mdp, method, dpo, scores, rounds, seed)
+        row[placement] = curve_of(mdp, method, dpo, scores, rounds, LR, seed)
+        for lr in OTHER_LRS if placement in COMPARED and not fast else ():
+            row[f"{placement} at {lr}"] = curve_of(mdp, method, dpo, scores, EARLY, lr, seed)
     return row
+
+
+def tuned(rows: list[dict[str, Any]]) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """The learning rate that serves each placement best over all seeds, and the measure at it per seed."""
+    best, found = {}, {}
+    for p in COMPARED:
+        at = {LR: [mean(row[p][1 : EARLY + 1]) for row in rows]}
+        at |= {lr: [mean(row[f"{p} at {lr}"][1:]) for row in rows] for lr in OTHER_LRS}
+        best[p] = max(at, key=lambda lr: mean(at[lr]))
+        found[p] = at[best[p]]
+    return best, found
+
+
+def against(ahead: list[float], behind: list[float]) -> dict[str, Any]:
+    gaps = [a - b for a, b in zip(ahead, behind, strict=True)]
+    error = stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else None
+    return {"mean": mean(gaps), "standard_error": error, "wins": sum(d > 0 for d in gaps), "p": sign_test(gaps)}
 
 
 def judge(rows: list[dict[str, Any]]) -> Judgement:
     early = {p: [mean(row[p][1 : EARLY + 1]) for row in rows] for p in PLACEMENTS}
-    ahead = {p: [a - b for a, b in zip(early["token"], early[p], strict=True)] for p in PLACEMENTS[1:]}
-    n = len(rows)
     figures: dict[str, Any] = {
         "early": {p: mean(x) for p, x in early.items()},
         "end": {p: mean(row[p][-1] for row in rows) for p in PLACEMENTS},
         "reference": mean(row["token"][0] for row in rows),
         "dpo": mean(row["dpo"] for row in rows),
         "score_vs_hidden": mean(row["score_vs_hidden"] for row in rows),
-        "token_ahead_of": {
-            p: {
-                "mean": mean(x),
-                "standard_error": stdev(x) / n**0.5 if n > 1 else None,
-                "wins": sum(d > 0 for d in x),
-                "p": sign_test(x),
-            }
-            for p, x in ahead.items()
-        },
+        "token_ahead_of": {p: against(early["token"], early[p]) for p in PLACEMENTS[1:]},
     }
     if any(row["fast"] for row in rows):
         return Judgement("inconclusive", "a fast run ends before anything is learnt", figures)
-    found = figures["token_ahead_of"]
-    holds = all(found[p]["p"] <= 0.04 for p in ("none", "eos"))
+    best, at_best = tuned(rows)
+    figures["best_lr"], figures["early_at_best_lr"] = best, {p: mean(x) for p, x in at_best.items()}
+    figures["token_ahead_of_at_best_lr"] = {p: against(at_best["token"], at_best[p]) for p in COMPARED[1:]}
+    holds = all(figures["token_ahead_of"][p]["p"] <= 0.04 for p in ("none", "eos"))
+
+    def levels(what: str) -> str:
+        return ", ".join(f"{p} {x:.2f}" for p, x in figures[what].items())
+
+    def ahead(what: str) -> str:
+        found = figures[what].items()
+        shown = [f"{p} by {x['mean']:+.2f} (s.e. {x['standard_error']:.2f}, {x['wins']} seeds)" for p, x in found]
+        return f"token ahead of {', '.join(shown)}"
+
     measured = (
-        f"mean hidden reward over rounds 1-{EARLY}: "
-        + ", ".join(f"{p} {x:.2f}" for p, x in figures["early"].items())
-        + f" (reference {figures['reference']:.2f}); token ahead of "
-        + ", ".join(
-            f"{p} by {x['mean']:+.2f} (s.e. {x['standard_error']:.2f}, {x['wins']} of {n} seeds)"
-            for p, x in found.items()
-        )
-        + f"; after round {ROUNDS}: "
-        + ", ".join(f"{p} {x:.2f}" for p, x in figures["end"].items())
-        + f", the DPO model itself {figures['dpo']:.2f}; reward model's correlation with the hidden reward "
-        f"{figures['score_vs_hidden']:.2f}"
+        f"mean hidden reward over rounds 1-{EARLY}: {levels('early')} (reference {figures['reference']:.2f}); of "
+        f"{len(rows)} seeds {ahead('token_ahead_of')}; after round {ROUNDS}: {levels('end')}, the DPO model itself "
+        f"{figures['dpo']:.2f}; reward model's correlation with the hidden reward {figures['score_vs_hidden']:.2f}; each at "
+        f"its best learning rate ({', '.join(f'{p} {lr}' for p, lr in best.items())}): {levels('early_at_best_lr')}; "
+        f"{ahead('token_ahead_of_at_best_lr')}"
     )
     return Judgement("holds" if holds else "fails", measured, figures)
 
 
 claim = Claim(
     slug="rto",
-    statement="Paid at its own token, a DPO model's implicit reward makes PPO learn a hidden dense reward faster than PPO "
-    "without it, and faster than PPO that is paid the same total at the end of the response.",
+    statement="At one learning rate for all, PPO learns a hidden dense reward faster when a DPO model's implicit reward is "
+    "paid at its own token than without it, and than when the same total is paid at the end of the response.",
     criterion="Holds if over 8 seeds, paired, the exact hidden reward averaged over rounds 1-30 is higher for the placement "
     "token than for none, and than for eos, each in at least 7 of 8 (one-sided sign test p <= 0.04). Fails otherwise. "
-    "Levels after 60 rounds and the placement shaped do not count.",
+    "Levels after 60 rounds, the placement shaped and other learning rates do not count.",
     seeds=tuple(range(8)),
     run=run,
     judge=judge,
