@@ -19,6 +19,14 @@ WORDS = [*"abcdefghijklmno", "<end>"]
 V, EOS = len(WORDS), 15
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_collection():
+    """Every training begins with a garbage collection, which takes a second in a process full of modules."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("accelerate.utils.memory.clear_device_cache", lambda *_, **__: None)
+        yield
+
+
 @pytest.fixture(scope="module")
 def tokenizer():
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -52,7 +60,7 @@ def early(prompts, responses):
 
 
 def arguments(out, **settings):
-    quiet = {"disable_tqdm": True, "use_cpu": True, "logging_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    quiet = {"disable_tqdm": True, "use_cpu": True, "logging_steps": 1, "save_strategy": "steps", "save_steps": 2}
     return align_arguments(out, **quiet | {"learning_rate": 0.01, "per_device_train_batch_size": 2} | settings)
 
 
@@ -144,7 +152,7 @@ def test_the_policy_at_a_rounds_start_is_its_reference(whole, start):
     assert not any(same(a, b) for a, b in itertools.combinations(policies, 2))
 
 
-@pytest.mark.parametrize("kill_at", [0, 2, 4, 5])
+@pytest.mark.parametrize("kill_at", [0, 2, 5])
 def test_a_run_killed_in_training_goes_on_from_its_checkpoint(whole, start, tmp_path, kill_at):
     _, done, end, watch = whole
     with pytest.raises(Killed):
@@ -243,8 +251,7 @@ def rto(start, out, watch=None, rounds=3, **settings):
     return done, weights(model.model)
 
 
-@pytest.mark.parametrize("kill_at", [4, 7])
-def test_optimizer_and_schedule_go_on_where_the_reference_stays(start, tmp_path, kill_at):
+def test_optimizer_and_schedule_go_on_where_the_reference_stays(start, tmp_path):
     watch = Watch()
     done, end = rto(start, tmp_path / "a", watch)
     assert [step for _, step in watch.seen] == list(range(1, 10))  # three rounds of three steps, one Adam
@@ -257,11 +264,13 @@ def test_optimizer_and_schedule_go_on_where_the_reference_stays(start, tmp_path,
     passes = [tuple(e["prompt_ids"]) for r in done for e in r.examples()]
     assert len(set(passes[:15])) == 15
     assert len(passes) == 18
-    with pytest.raises(Killed):
-        rto(start, tmp_path / "b", Watch(kill_at))
-    found, got = rto(start, tmp_path / "b")
-    assert [r.examples() for r in found] == [r.examples() for r in done]
-    assert same(got, end)
+    for kill_at in (3, 8):  # at a round's start and inside one
+        out = tmp_path / str(kill_at)
+        with pytest.raises(Killed):
+            rto(start, out, Watch(kill_at))
+        found, got = rto(start, out)
+        assert [r.examples() for r in found] == [r.examples() for r in done]
+        assert same(got, end)
 
 
 def test_rounds_without_a_labeller(start, tmp_path):
