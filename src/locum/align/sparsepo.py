@@ -9,31 +9,33 @@ go. For response tokens t, d_t = log pi/ref (y_t|s_t) and k_t = KL(ref(.|s_t) ||
 masks m_u, m_d >= 0 (w chosen, l rejected):
 
     z = beta [ sum_w (m_u d + m_d k) - sum_l (m_u d + m_d k) ]
-    L = -log sigmoid(z) + lambda_u sum_{w,l} m_u + lambda_d sum_{w,l} m_d          mean over pairs, sums over tokens
+    L = -log sigmoid(z) + lambda_u sum_{w,l} m_u + lambda_d sum_{w,l} m_d
 
-The masks' gradient follows: dL/dm_u,t = -beta sigmoid(-z) d_t on chosen, + on rejected; the same with k_t for m_d, so that
-a KL mask only grows on chosen and only shrinks on rejected responses. Where masks come from:
+with sums over tokens and the mean over pairs. The masks' own gradient: dL/dm_u,t = -beta sigmoid(-z) d_t on chosen, + on
+rejected; the same with k_t for m_d, so that it can only grow on chosen and only shrink on rejected responses. Where masks
+come from:
 
-    mapo          per place g of the reference (layers' MLP, attention, residual stream; logits) the mean activation a_t,
-                  rescaled over the response to (a_t - min)/(max - min), then averaged over places and kinds of places
-    common        m = ReLU(sum_l v_l ReLU(W_l LN(h_t^l) + b_l)) from the reference's hidden states h_t^l of the layers
-                  l = 1..Lr at the position that predicts y_t, one layer norm for all; m_u = m_d = m. Trained along
-    independent   two such networks, one for m_u and one for m_d
-    binary        1 where such a network, which is not trained, is above 0 (an ablation: no gradient passes a sign)
-    random        U(0, 1), drawn anew for every batch (an ablation)
+    mapo         per place in the reference its mean activation a_t, rescaled over the response,
+                 (a_t - min) / (max - min); averaged over places and over kinds of places
+    common       m = ReLU(sum_l v_l ReLU(W_l LN(h_t^l) + b_l)), learned along; m_u = m_d = m.
+                 h_t^l: hidden state of layer l at the position that predicts y_t; one LN for all
+    independent  two such networks, one for m_u and one for m_d
+    binary       1 where such a network, untrained, is above 0: no gradient passes a sign
+    random       U(0, 1), drawn anew for every batch
 
-With one mask for both terms lambda_u and lambda_d are halved, since it is counted twice. Mask networks exist in training
-only: the trained policy is a plain model. They have an optimizer group of their own.
+The last two are ablations. With one mask for both terms lambda_u and lambda_d are halved, since it is counted twice. Mask
+networks exist in training only: the trained policy is a plain model. They have an optimizer group of their own.
 
 Shapes: d, k and masks [2B, L-1], chosen rows first; d and k in nats, masks without unit. Cost: TDPO's two forwards, and for
 learned masks the reference's hidden states at response tokens, n x Lr x H in its own precision; MaPO keeps their means only.
 
 Traps. A ReLU mask is a free temperature: it can grow and lower the loss without any alignment, so keep `mask_lr` small or
 lambda above 0 and watch "mask/mean_u". Faithful initial masks are about 0.02, half of them 0: compare methods at equal beta
-times mean mask, or start with `mask_init="ones"`, which is TDPO1. A mask that is 0 everywhere trains nothing any more;
-that ends in an error. MaPO sees the whole response through its rescaling, and is 1 for a response of one token. Its places
-are what any Hugging Face model shows; the authors' own model code has more of them inside each layer. Any other mask:
-override `signal` and return a `locum.align.masks.FunctionMask`.
+times mean mask, or start with `mask_init="ones"`, which is TDPO1. A mask that is 0 everywhere trains nothing any more; that
+ends in an error. It can come early: at the first step d = k = 0, so that lambda alone moves the masks, downwards. MaPO sees
+the whole response through its rescaling, and is 1 for a response of one token. Its places are what any Hugging Face model
+shows; the authors' own model code has more of them inside each layer. For any other mask override `signal` and return a
+`locum.align.masks.FunctionMask`.
 
 Example:
     >>> import torch
