@@ -55,11 +55,8 @@ Venue: ACL 2025
 arXiv: 2503.02832
 """
 
-import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import torch
@@ -226,47 +223,11 @@ def train_teachers(
 
     Args:
         model: the start policy. Of a PEFT model, two more adapters are trained on its one base; else two copies.
-        pairs, settings: the data and whatever else `locum.align.trainer.Trainer` takes.
-        args: training arguments; each model has its own folder in the output folder.
+        pairs, args, settings: as `locum.align.beside.train_beside`'s.
         beta_0: DPO's beta, > 0; the same in `AlignDistil`.
 
     Returns: what `Trainer` takes as `models` for `AlignDistil`.
     """
-    from locum.align.trainer import Trainer, align_arguments
+    from locum.align.beside import train_beside
 
-    args = args or align_arguments("align-output")
-    adapters = hasattr(model, "peft_config")
-
-    def train(name: str, rows: Any) -> nn.Module | str:
-        own = copy.copy(args)
-        own.output_dir = str(Path(args.output_dir) / name)
-        if adapters:
-            with _another_adapter(model, name) as start:
-                Trainer(model, DPO(beta=beta_0), own, rows, models={"ref": start}, **settings).train()
-            return name
-        trainer = Trainer(copy.deepcopy(model), DPO(beta=beta_0), own, rows, **settings)
-        trainer.train()
-        return trainer.accelerator.unwrap_model(trainer.model).eval().requires_grad_(False)
-
-    return both_ways(train, pairs)
-
-
-@contextmanager
-def _another_adapter(model: Any, name: str) -> Iterator[str]:
-    """A copy of a PEFT model's active adapter, trained in the block; gives the name of the one that was active."""
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
-
-    if name in model.peft_config:
-        raise UserError(f"the model has an adapter {name!r} already; give it as such, or delete it first")
-    start = model.active_adapter
-    trained = [(p, p.requires_grad) for p in model.parameters()]
-    weights = get_peft_model_state_dict(model, adapter_name=start)
-    model.add_adapter(name, copy.deepcopy(model.peft_config[start]))
-    set_peft_model_state_dict(model, weights, adapter_name=name)
-    model.set_adapter(name)
-    try:
-        yield start
-    finally:
-        model.set_adapter(start)
-        for parameter, was in trained:
-            parameter.requires_grad_(was)
+    return both_ways(lambda name, rows: train_beside(model, name, DPO(beta=beta_0), rows, args, **settings), pairs)

@@ -173,7 +173,7 @@ class RoundTrainer(Trainer):
             logs: what was measured while the examples were made; trackers get it as "round/...".
         """
         self._news = {"round": index} | {f"round/{name}": x for name, x in logs.items()}
-        self.train_dataset = examples  # type: ignore[assignment]
+        self.train_dataset = examples
         self.args.output_dir = str(folder)
         transformers.set_seed(self.args.seed + index)  # the same order of the data, killed and gone on or not
         checkpoint = _last_checkpoint(folder)

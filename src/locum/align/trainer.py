@@ -88,6 +88,8 @@ class Trainer(transformers.Trainer):
         training when the loss is not finite, with the batch saved in the output folder.
     """
 
+    train_dataset: Any
+
     def __init__(
         self,
         model: Any,
@@ -219,18 +221,13 @@ class Trainer(transformers.Trainer):
 
         where = Path(self.args.output_dir) / "reference"
         with self.accelerator.main_process_first():
-            data: Any = self.train_dataset
             self.train_dataset = with_reference(
-                self.frozen["ref"], data, self.method.blocks, where, self.data_collator.pad_id, self._move
+                self.frozen["ref"], self.train_dataset, self.method.blocks, where, self.data_collator.pad_id, self._move
             )
         self.frozen.pop("ref")
 
     def _move(self, batch: PairBatch) -> PairBatch:
-        put = {name: x.to(self.args.device) for name, x in batch.columns.items()}
-        ids, attention, completion = (
-            x.to(self.args.device) for x in (batch.ids, batch.attention_mask, batch.completion_mask)
-        )
-        return PairBatch(ids, attention, completion, batch.blocks, put)
+        return batch.to(self.args.device)
 
     def _keep(self, inputs: Mapping[str, Tensor], s: TokenStats, loss: Tensor) -> str:
         """Save a batch whose loss is not finite; the sentence that says so."""

@@ -122,24 +122,42 @@ class _OverTiles(torch.autograd.Function):
         with torch.autocast(ctx.cast[0], ctx.cast[1], enabled=ctx.cast[2]):
             for number, piece in enumerate(pieces):
                 here = slice(number * rows, number * rows + len(piece[0]))
-                with torch.no_grad():
-                    tiles = [s.logits(h) for s, h in zip(scores, piece, strict=False)]
-                live = [i for i in range(k) if any(wanted[3 * i : 3 * i + 3])]
-                for i in live:
-                    tiles[i] = tiles[i].detach().requires_grad_()
-                with torch.enable_grad():
-                    out = fn(*tiles, *piece[k : len(piece) - len(upstream)])
-                got = list(zip(out, piece[len(piece) - len(upstream) :], strict=True))
-                pairs = [(o, u) for o, u in got if o.requires_grad]
-                found = torch.autograd.grad(
-                    [o for o, _ in pairs], [tiles[i] for i in live], [u for _, u in pairs], allow_unused=True
-                )
-                del out, got, pairs, tiles
-                for i, dz in zip(live, found, strict=True):
-                    if dz is not None:
-                        _add(grads[3 * i : 3 * i + 3], scores[i], piece[i], dz, here)
-                found = dz = None  # not beside the next tile
+                _tile_backward(fn, scores, wanted, piece, len(upstream), grads, here)
         return (None, None, None, *grads)
+
+
+def _tile_backward(
+    fn: Callable[..., tuple[Tensor, ...]],
+    scores: Sequence[Scores],
+    wanted: Sequence[bool],
+    piece: Sequence[Tensor],
+    outputs: int,
+    into: list[Tensor | None],
+    here: slice,
+) -> None:
+    """One tile of the backward pass; a function of its own, so that nothing of a tile lives beside the next one.
+
+    Args:
+        piece: the tile's rows of hidden states, columns, and gradients of the `outputs` results.
+        wanted, into: per hidden states, head and bias of each model, whether a gradient is wanted, and where it is added up.
+        here: the tile's rows.
+    """
+    k = len(scores)
+    with torch.no_grad():
+        tiles = [s.logits(h) for s, h in zip(scores, piece, strict=False)]
+    live = [i for i in range(k) if any(wanted[3 * i : 3 * i + 3])]
+    for i in live:
+        tiles[i] = tiles[i].detach().requires_grad_()
+    with torch.enable_grad():
+        out = fn(*tiles, *piece[k : len(piece) - outputs])
+    pairs = [(o, u) for o, u in zip(out, piece[len(piece) - outputs :], strict=True) if o.requires_grad]
+    found = torch.autograd.grad(
+        [o for o, _ in pairs], [tiles[i] for i in live], [u for _, u in pairs], allow_unused=True
+    )
+    del out, pairs, tiles
+    for i, dz in zip(live, found, strict=True):
+        if dz is not None:
+            _add(into[3 * i : 3 * i + 3], scores[i], piece[i], dz, here)
 
 
 def _add(into: list[Tensor | None], score: Scores, hidden: Tensor, dz: Tensor, here: slice) -> None:
