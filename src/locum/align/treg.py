@@ -26,7 +26,9 @@ data set two forwards per response of about prompt and twice the response; in tr
 
 Traps. R has the same sign for both responses; 1 - alpha r comes out of the gradient only. beta stands in R and in z: without
 it in R alpha is 1/beta times as strong. Where log pi is unbounded so is R: look at "loss/preference", not at the loss.
-The response's ids are appended to the requests as they are in training, never made from text again.
+The response's ids are appended to the requests as they are in training, never made from text again. Look at the rewards
+before training on them: a small model that sees a wrong answer copies it the more readily the better it is told to be.
+SmolLM2-135M-Instruct gives right answers lower rewards than wrong ones, and higher ones if it does not see them (`UNSEEN`).
 
 Example:
     >>> import torch
@@ -63,7 +65,7 @@ from locum.errors import UserError
 from locum.method import require
 from locum.models import LM, require_same_vocabulary
 
-__all__ = ["TREG", "RewriteReward", "SimPOReg", "squashed"]
+__all__ = ["TREG", "UNSEEN", "RewriteReward", "SimPOReg", "squashed"]
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +76,10 @@ TEMPLATE = """Rewrite the response to the instruction below so that it becomes {
 
 ### Response:
 {response}"""
+UNSEEN = """Answer the instruction below with a response that is {quality}.
+
+### Instruction:
+{instruction}"""
 OPENING = "\n\n### Rewritten response:\n"  # opens the answer where no chat template does
 
 
@@ -175,7 +181,8 @@ class RewriteReward(TokenSignal):
     Args:
         lm: an instruct model, the reference as a rule.
         better, worse: what the response shall become.
-        template: of a request, with {quality}, {instruction} and, if the model shall see it, {response}.
+        template: of a request, with {quality}, {instruction} and, if the model shall see it, {response}. Paper: it sees
+            it; `UNSEEN` is a template without.
         max_length: tokens of request and response, > 0; None is what the model can take.
         batch_size: responses scored at a time.
         policy: the model to be trained, where it is another one: both must have one vocabulary.
