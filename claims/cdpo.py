@@ -234,8 +234,8 @@ def by_rollout(
         return out
 
     def correct(example: Example, written: Sequence[list[int]]) -> list[bool]:
-        digits = torch.tensor([example["prompt_ids"]] * len(written))
-        return task.correct(digits, torch.tensor(written)).tolist()
+        digits, whole = torch.tensor([example["prompt_ids"]] * len(written)), 2 * task.length + 1
+        return task.correct(digits, torch.tensor([y + [END] * (whole - len(y)) for y in written])).tolist()
 
     rollouts = Rollouts(go_on, correct, n=n, eos_ids=(END,), prefixes=2 * task.length + 1)
     found = [rollouts.critical(pair, "rejected") for pair in pairs]

@@ -107,7 +107,7 @@ class Rollouts:
             new = self.count(example, [ids[: t + 1] for t in range(begin, start)])
             counts, start = torch.cat([new, counts]), begin
             index, fallback = critical_index(counts, self.n, self.share)
-            settled = index is not None and not fallback and bool((counts / self.n >= self.share).any())
+            settled = index is not None and bool((counts / self.n >= self.share).any())
         return Critical(None if index is None else start + index, fallback, counts, start)
 
     def count(self, example: Example, beginnings: Sequence[Sequence[int]]) -> Int[Tensor, " prefixes"]:
