@@ -75,13 +75,8 @@ def names(family: str, base: str | None = None) -> Names:
     if family not in FAMILIES:
         raise unknown("family", family, FAMILIES)
     base_file = ROOT / family / "base.py"
-    roots = (
-        {base}
-        if base
-        else _classes(ast.parse(base_file.read_text("utf-8"), str(base_file))).keys()
-        if base_file.exists()
-        else set()
-    )
+    bases = _classes(ast.parse(base_file.read_text("utf-8"), str(base_file))) if base_file.exists() else {}
+    roots = {name for name, cls in bases.items() if base in (None, name) or base in _ancestors(cls, bases)}
     where: dict[str, tuple[str, str]] = {}
     for path in module_paths(family):
         tree = ast.parse(path.read_text("utf-8"), str(path))

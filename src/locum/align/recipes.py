@@ -37,9 +37,14 @@ def ingredients(method: Method) -> dict[str, Ingredient]:
     if isinstance(method, TGDPO):
         return {"guide": Ingredient(DPO(beta=method.beta), _pairs)}
     if isinstance(method, CDPO):
-        return {name: Ingredient(SFT(), _only(block)) for name, block in (("positive", "chosen"), ("negative", "rejected"))}
+        return {
+            name: Ingredient(SFT(), _only(block)) for name, block in (("positive", "chosen"), ("negative", "rejected"))
+        }
     if isinstance(method, AlignDistil):
-        made = {"dpo": Ingredient(DPO(beta=method.beta_0), _pairs), "reverse": Ingredient(DPO(beta=method.beta_0), swapped)}
+        made = {
+            "dpo": Ingredient(DPO(beta=method.beta_0), _pairs),
+            "reverse": Ingredient(DPO(beta=method.beta_0), swapped),
+        }
         return {name: made[name] for name in method.frozen if name != "ref"}
     if isinstance(method, RTO) and method.placement != "none":
         return {"dpo": Ingredient(DPO(), _pairs)}
@@ -70,9 +75,7 @@ def annotated(
     return with_column(signal.column, signal.values, examples, method.blocks, folder, made_from, batch_size)
 
 
-def _signal(
-    method: Method, lm: LM, scorers: Mapping[str, Scorer], pad_id: int, batch_size: int
-) -> TokenSignal | None:
+def _signal(method: Method, lm: LM, scorers: Mapping[str, Scorer], pad_id: int, batch_size: int) -> TokenSignal | None:
     batches: dict[str, Any] = {"pad_id": pad_id, "batch_size": batch_size, "move": lambda batch: batch.to(lm.device)}
     if isinstance(method, TGDPO):
         return GuideReward(scorers["guide"], scorers["ref"], method.beta, **batches)

@@ -75,6 +75,11 @@ class Online(ABC):
 
     renews_reference: ClassVar[bool] = False
 
+    @property
+    def needs_labeller(self) -> bool:
+        """Whether responses must be scored by somebody."""
+        return False
+
     @abstractmethod
     def collect(self, round: Round, prompts: Sequence[Example]) -> list[Example]:
         """The examples to train on in this round, one or more for each prompt that can be used."""

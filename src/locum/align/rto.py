@@ -160,6 +160,10 @@ class RTO(Method, Online):
     def signal(self, layers: int, hidden_size: int) -> Critic | None:
         return Critic(hidden_size, self.critic_lr) if self.critic else None
 
+    @property
+    def needs_labeller(self) -> bool:
+        return self.beta_3 > 0
+
     def collect(self, round: Round, prompts: Sequence[Example]) -> list[Example]:
         """One response of the policy per prompt, with what the loss needs of the round; `round.logs` says how it went.
 

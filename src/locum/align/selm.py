@@ -104,6 +104,10 @@ class SELM(AlignLoss, Online):
         logp = s.sums(s.logp)[2].mean()
         return {"explore/log_ratio": gap, "explore/logp": logp, "explore/logp_ref": logp - gap}
 
+    @property
+    def needs_labeller(self) -> bool:
+        return True
+
     def collect(self, round: Round, prompts: Sequence[Example]) -> list[Example]:
         """One triple per prompt: best and worst of the prompt's pair and of the policy's response, and that response.
 

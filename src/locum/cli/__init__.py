@@ -17,6 +17,7 @@ COMMANDS = {
     "verify": ("bench", "Verify", "run papers' claims here and now: claimed, measured, verdict"),
     "compare": ("bench", "Compare", "methods of a family side by side, on your model and data or on what ships"),
     "decode": ("decode", "Decode", "continue a text with one method"),
+    "align": ("align", "Align", "train a model on preference pairs with one method"),
 }
 
 

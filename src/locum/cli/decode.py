@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from tyro import conf
 
 from locum.cli.command import Command, emit, quiet_stdout, read
-from locum.cli.flags import flags_of, method_name
+from locum.cli.flags import chosen_method, flags_of, method_name
 from locum.errors import MissingExtra, UserError, unknown
 from locum.method import from_yaml, names, require
 
@@ -247,11 +247,6 @@ def _text(path: Path, what: str) -> str:
 
 
 def _chosen(args: list[str]) -> str:
-    """The method that the arguments name, before they are read as a whole."""
-    for at, arg in enumerate(args):
-        if arg == "--method" and at + 1 < len(args):
-            return args[at + 1]
-        if arg.startswith("--method="):
-            return arg.removeprefix("--method=")
+    """The method that the arguments name, or the one that serves them."""
     constrained = any(a.split("=")[0] in ("--regex", "--json-schema", "--grammar") for a in args)
-    return CONSTRAINED if constrained else DEFAULT
+    return chosen_method(args) or (CONSTRAINED if constrained else DEFAULT)

@@ -3,12 +3,12 @@
 import dataclasses
 import re
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from locum.method import names
 
-__all__ = ["flags_of", "method_name"]
+__all__ = ["chosen_method", "flags_of", "method_name"]
 
 
 def flags_of(cls: type, taken: set[str]) -> tuple[type, Callable[[Any], Any]]:
@@ -59,3 +59,13 @@ def _listed(value: str | tuple[str, ...]) -> tuple[str, ...]:
 def method_name(method: Any) -> str:
     """The name by which a method is called: its class's, in lower case."""
     return type(method).__name__.lower()
+
+
+def chosen_method(args: Sequence[str]) -> str | None:
+    """The method that the arguments name, before they are read as a whole."""
+    for at, arg in enumerate(args):
+        if arg == "--method" and at + 1 < len(args):
+            return args[at + 1]
+        if arg.startswith("--method="):
+            return arg.removeprefix("--method=")
+    return None
