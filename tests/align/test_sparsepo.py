@@ -249,6 +249,11 @@ def test_padding_changes_nothing(method, left, scorers):
             assert len(values[s.mask[row]]) == len(tokens)
             torch.testing.assert_close(values[s.mask[row]], alone[kind], atol=1e-10, rtol=0)
             assert (values[~s.mask[row]] == 0).all()
+    together = token_signals(signal, scorers["ref"], PAIRS, "chosen", batch_size=2)
+    for one, alone in zip(together, both, strict=False):  # texts are scored by length and come back in their order
+        assert one.keys() == {"mask_u", "mask_d", "logp_ref"}
+        for kind, values in one.items():
+            torch.testing.assert_close(values, alone[kind], atol=1e-10, rtol=0)
     losses = [method(statistics(method, collate([e]), scorers["policy"], scorers, signal))[0] for e in PAIRS]
     assert method(s)[0].item() == pytest.approx(torch.stack(losses).mean().item(), abs=1e-10)
 
