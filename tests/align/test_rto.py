@@ -274,9 +274,9 @@ def test_the_loss_by_hand():
     mask = torch.tensor([[False, True, True], [False, True, False]])
     columns = {"old_logp": 0 * logp, "advantage": a, "return": r, "old_value": 0 * v, "value": v}
     s = TokenStats(logp, mask, None, logp, 1, columns)
-    loss, logs = RTO()(s)
+    loss, logs = RTO(value_clip=0.4)(s)
     policy = ((-1.2 + 0.8) / 2 + -2.2) / 2
-    value = ((max(0.25, 0.64) / 2 + 0.01 / 2) / 2 + 4 / 2) / 2
+    value = ((max(0.25, 0.36) / 2 + 0.01 / 2) / 2 + 4 / 2) / 2
     assert logs["loss/policy"].item() == pytest.approx(policy, abs=1e-12)
     assert logs["loss/value"].item() == pytest.approx(value, abs=1e-12)
     assert loss.item() == pytest.approx(policy + value, abs=1e-12)
