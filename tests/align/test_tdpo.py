@@ -276,6 +276,6 @@ def test_a_bad_value_is_named(cls, field, bad):
 
 
 def test_vocabularies_must_agree(tables):
-    policy, ref, batch = tables
+    policy, _, batch = tables
     with pytest.raises(UserError, match=r"all models must have the same vocabulary; their logits have 4, 5 entries"):
         value(TDPO1(), policy, torch.zeros(1, H, V + 1, V + 1, dtype=F64), batch)
