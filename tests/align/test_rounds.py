@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from locum.align import DPO, RTO, SELM, OnlineAlignDistil
 from locum.align.driver import run_rounds
+from locum.align.round_trainer import RoundTrainer
 from locum.align.trainer import align_arguments
 from locum.errors import UserError
 from locum.models import LM, tiny
@@ -137,6 +138,19 @@ def test_every_round_labels_its_share_and_trains_on_it(whole, start, tokenizer):
         assert not (r.policy / "optimizer.pt").exists()
     last = AutoModelForCausalLM.from_pretrained(done[2].policy)
     assert same(weights(last), end)
+
+
+def test_rounds_draw_differently_and_each_again_the_same(start, tmp_path):
+    trainer = RoundTrainer(start(), SELM(), arguments(tmp_path), rounds=2)
+
+    def drawn(index):
+        round = trainer.round(index, None, max_new_tokens=6, batch_size=4)
+        return [[e["response_ids"] for e in round.sample(PROMPTS)] for _ in range(2)]
+
+    first, second = drawn(0), drawn(1)
+    assert first == drawn(0)
+    assert first != second
+    assert first[0] != first[1]
 
 
 def test_the_policy_at_a_rounds_start_is_its_reference(whole, start):
