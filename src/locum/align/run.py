@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from locum.align.base import Method
@@ -186,6 +187,8 @@ def align(
         trainer = Trainer(
             policy, method, args, examples, evaluated, precompute_reference=precompute_reference, **common
         )
+        if trainer.pop_callback(ProgressCallback) is not None:
+            trainer.add_callback(_Progress)
         trainer.train(resume_from_checkpoint=get_last_checkpoint(str(out)) if resume and out.is_dir() else None)
         if evaluated is not None:
             trainer.evaluate()
@@ -241,11 +244,27 @@ def _save(policy: Any, lm: LM, out: Path, trainer: Trainer | None, merge: bool) 
     lm.tokenizer.save_pretrained(str(out))
 
 
+class _Progress(ProgressCallback):
+    """transformers' progress bar, with one short line of figures instead of a dict."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        shown = _told(logs or {})
+        if self.training_bar is not None and shown:
+            line = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
+            self.training_bar.write(f"step {state.global_step}: {line}")
+
+
+def _told(row: Mapping[str, Any]) -> dict[str, float]:
+    """What people want to know of what was logged: the loss and the method's figures, not clocks and counters."""
+    own = ("loss", "eval_loss", "train_loss")
+    return {k: float(v) for k, v in row.items() if isinstance(v, int | float) and (k in own or "/" in k)}
+
+
 def _last(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """The last value of each figure that was logged."""
     found: dict[str, float] = {}
     for row in history:
-        found |= {k: float(v) for k, v in row.items() if isinstance(v, int | float) and k not in ("step", "epoch")}
+        found |= _told(row)
     return found
 
 

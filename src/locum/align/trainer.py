@@ -156,9 +156,12 @@ class Trainer(transformers.Trainer):
     ) -> Any:
         batch = self.batch(inputs)
         s = statistics(self.method, batch, ModelScorer(model), self.frozen, self.signal)
-        loss, logs = self.method(s)
+        try:
+            loss, logs = self.method(s)
+        except UserError as error:
+            raise UserError(self._keep(inputs, s, str(error))) from None
         if not bool(torch.isfinite(loss)):
-            raise UserError(self._keep(inputs, s, loss))
+            raise UserError(self._keep(inputs, s, f"the loss is {loss.item()}"))
         logged = self._logged["train" if model.training else "eval"]
         for name, value in logs.items():
             logged[name].append(value.float())
@@ -229,15 +232,15 @@ class Trainer(transformers.Trainer):
     def _move(self, batch: PairBatch) -> PairBatch:
         return batch.to(self.args.device)
 
-    def _keep(self, inputs: Mapping[str, Tensor], s: TokenStats, loss: Tensor) -> str:
-        """Save a batch whose loss is not finite; the sentence that says so."""
+    def _keep(self, inputs: Mapping[str, Tensor], s: TokenStats, what: str) -> str:
+        """Save a batch that has no loss; the sentence that says so."""
         path = Path(self.args.output_dir) / BAD_BATCH
         path.parent.mkdir(parents=True, exist_ok=True)
         seen = {"stat_d": s.d, "stat_k": s.k, "stat_logp": s.logp} | {f"stat_{k}": x for k, x in s.columns.items()}
         tensors = dict(inputs) | {name: x for name, x in seen.items() if x is not None}
         save_file({k: x.detach().cpu().contiguous() for k, x in tensors.items() if torch.is_tensor(x)}, path)
         step = self.state.global_step + 1
-        return f"the loss of step {step} is {loss.item()}; its batch is saved in {path}, training stopped"
+        return f"training stopped at step {step}: {what}; the batch is saved in {path}"
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """The plain policy, as `from_pretrained` reads it; what the method learned beside it in files of their own."""
