@@ -68,6 +68,13 @@ def test_order_alternates_and_references_run_beside():
     assert alone.wanted == {("c", 0, 0)}
 
 
+def test_what_does_not_depend_on_the_moment_needs_its_reference_once():
+    units = [Unit(m, 0, i, "g") for i in range(2) for m in "cab"]
+    assert ["".join(u.method for u in p.units) for p in passes(units, ["a"], timed=False)] == ["cab", "cab"]
+    [alone] = passes([Unit("c", 0, 0, "g")], ["a"], timed=False)
+    assert [u.method for u in alone.units] == ["c"]
+
+
 def test_interrupted_then_resumed_recomputes_nothing(tmp_path):
     log = tmp_path / "log"
     first = compare(FakeTask(log=str(log), interrupt_at=5), name="a", runs=tmp_path)

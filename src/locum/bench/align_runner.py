@@ -88,6 +88,7 @@ class AlignRunner:
         self._held_out_reference: dict[str, list[torch.Tensor]] = {}
         self.pairs_with_reference = [dict(pair) for pair in self.pairs]
         self.reference_seconds = 0.0
+        self.rewrites: tuple[list[dict[str, Any]], float] | None = None  # the pairs with T-REG's column, and its time
         self._guides: dict[int, tuple[dict[str, torch.Tensor], float]] = {}  # DPO's adapters, by seed, and their time
 
     def __call__(self, unit: Unit) -> Row:
@@ -95,7 +96,9 @@ class AlignRunner:
         if unit.group == TABLE:
             world = World.of(unit.seed, budget.steps, budget.batch_size, budget.lr, self.task.beta)
             return run_table(unit.method, world)
-        return self._train(unit)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # what transformers will rename is no news to the user
+            return self._train(unit)
 
     def make(self, name: str, **settings: Any) -> Method:
         """The method of a name, with the common beta where it has one."""
@@ -149,8 +152,7 @@ class AlignRunner:
     def _run(self, model: Any, prepared: Prepared, seed: int, *callbacks: TrainerCallback) -> None:
         """A training with the common budget; what is trained is the model's active adapter."""
         budget = self.task.budget(self.task.groups[-1])
-        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*pin_memory.*")
+        with tempfile.TemporaryDirectory() as folder:
             args = align_arguments(
                 folder,
                 max_steps=budget.steps,
@@ -199,6 +201,7 @@ class AlignRunner:
         weights, seconds = self._guides[seed]
         model.add_adapter(name, model.peft_config[model.active_adapter])
         set_peft_model_state_dict(model, weights, adapter_name=name)
+        model.set_adapter(model.active_adapter)
         return seconds
 
     def trained(self, seed: int, model: Any, name: str, method: Method, examples: Sequence[Example]) -> float:
@@ -316,10 +319,7 @@ class AlignRunner:
         ]
 
     def move(self, batch: PairBatch) -> PairBatch:
-        device = self.lm.device
-        columns = {name: x.to(device) for name, x in batch.columns.items()}
-        ids, attention, completion = (x.to(device) for x in (batch.ids, batch.attention_mask, batch.completion_mask))
-        return PairBatch(ids, attention, completion, batch.blocks, columns)
+        return batch.to(self.lm.device)
 
     def _tokens(self, prepared: Prepared) -> float:
         """Tokens of prompts and responses that a training sees."""
@@ -389,5 +389,50 @@ def _tgdpo(runner: AlignRunner, seed: int, model: Any) -> Prepared:
     return Prepared(runner.make("tgdpo"), examples, note=note, shared_seconds=seconds + runner.reference_seconds)
 
 
+def _treg(runner: AlignRunner, seed: int, model: Any) -> Prepared:
+    from locum.align.treg import RewriteReward
+
+    if runner.rewrites is None:  # the base's, whatever the seed
+        began = time.perf_counter()
+        annotated = RewriteReward(runner.lm).annotate(runner.pairs_with_reference)
+        runner.rewrites = annotated, time.perf_counter() - began
+        return Prepared(runner.make("treg"), annotated, shared_seconds=runner.reference_seconds)
+    examples, seconds = runner.rewrites
+    return Prepared(runner.make("treg"), examples, shared_seconds=seconds + runner.reference_seconds)
+
+
+def _cdpo(runner: AlignRunner, seed: int, model: Any) -> Prepared:
+    from locum.align.cdpo import ContrastiveEstimation
+
+    adapters = {"positive": "chosen", "negative": "rejected"}
+    for name, block in adapters.items():
+        texts = [{"prompt_ids": e["prompt_ids"], "response_ids": e[f"{block}_ids"]} for e in runner.pairs]
+        runner.trained(seed, model, name, runner.make("sft"), texts)
+    right, wrong = (ModelScorer(model, name) for name in adapters)
+    signal = ContrastiveEstimation(right, wrong, eos_ids=tuple(runner.lm.eos_ids), move=runner.move)
+    examples = signal.annotate(runner.pairs_with_reference)
+    for name in adapters:
+        model.delete_adapter(name)
+    note = "its positive and negative models are adapters trained on the chosen and on the rejected responses before"
+    return Prepared(runner.make("cdpo"), examples, note=note, shared_seconds=runner.reference_seconds)
+
+
+def _aligndistil(runner: AlignRunner, seed: int, model: Any) -> Prepared:
+    from locum.align.aligndistil import swapped
+
+    beta = runner.task.beta
+    shared = runner.guide(seed, model, "dpo")
+    runner.trained(seed, model, "reverse", DPO(beta), swapped(runner.pairs_with_reference))
+    note = "its teachers are DPO's run of the same seed and an adapter trained on the pairs exchanged"
+    models = {"dpo": "dpo", "reverse": "reverse"}
+    return Prepared(runner.make("aligndistil", beta_0=beta), runner.pairs, models, note, shared)
+
+
 #: name -> what it is given; every other method is trained on the pairs as it is
-RECIPES: dict[str, Callable[[AlignRunner, int, Any], Prepared]] = {"sft": _sft, "tgdpo": _tgdpo}
+RECIPES: dict[str, Callable[[AlignRunner, int, Any], Prepared]] = {
+    "sft": _sft,
+    "tgdpo": _tgdpo,
+    "treg": _treg,
+    "cdpo": _cdpo,
+    "aligndistil": _aligndistil,
+}

@@ -6,8 +6,9 @@ from the same pairs, and the time for it is counted.
 """
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,16 +17,22 @@ from torch import Tensor
 
 from locum.align import DPO
 from locum.align.base import Example, Method, PairBatch, Signal
+from locum.align.critics import TableCritic
 from locum.align.signals import TokenSignal
-from locum.align.statistics import Scorer
-from locum.align.table import Curve, TableScorer, fit, response_batch, train
+from locum.align.statistics import LOGP_REF, Scorer, collate, token_log_probs
+from locum.align.table import Curve, TableScorer, fit, response_batch, table_round, train
 from locum.bench.store import Row
 from locum.method import names
-from locum.tasks.token_mdp import Pairs, TableMDP
+from locum.models.scoring import Reduce
+from locum.tasks.token_mdp import Pairs, TableMDP, tied
+from locum.tokens.logprobs import Scores
 
 __all__ = ["PAIRS", "RECIPES", "Setup", "World", "run_table"]
 
 PAIRS, HELD_OUT = 3000, 1000
+ROUNDS, EPOCHS = 4, 4  # of the methods that sample: rounds of SELM, steps on RTO's one batch
+ROWS = 1000  # scored at a time
+LAYERS, WIDTH = 4, 24  # of the random features that stand for hidden states
 POINTS = 40  # exact measurements along a training
 
 Table = Float64[Tensor, "P H V V"]
@@ -86,11 +93,16 @@ class World:
     def reference(self) -> TableScorer:
         return TableScorer(self.mdp.ref_logits)
 
-    @property
+    @cached_property
     def examples(self) -> list[Example]:
         """The pairs as examples."""
         table = zip(self.pairs.prompt.tolist(), self.pairs.chosen.tolist(), self.pairs.rejected.tolist(), strict=True)
         return [{"prompt_ids": [x], "chosen_ids": w, "rejected_ids": other} for x, w, other in table]
+
+    def rewards(self, examples: Sequence[Example], table: Table | None = None) -> Tensor:
+        """The total reward of each example's response, or of what another table of rewards says."""
+        prompt, y = (torch.tensor([e[name] for e in examples]) for name in ("prompt_ids", "response_ids"))
+        return self.mdp.along(self.mdp.reward if table is None else table, prompt[:, 0], y).sum(-1)
 
     def column(self, signal: TokenSignal) -> dict[str, Tensor]:
         """A signal's values as the column that `fit` takes."""
@@ -125,12 +137,138 @@ def _sft(world: World) -> Setup:
 def _tgdpo(world: World) -> Setup:
     from locum.align.tgdpo import GuideReward
 
-    guide = GuideReward(world.scorer(DPO(world.beta)), world.reference, world.beta)
+    guide = GuideReward(world.scorer(DPO(world.beta)), world.reference, world.beta, batch_size=ROWS)
     return Setup(world.make("tgdpo"), "its guide is DPO, trained on the same pairs before", world.column(guide))
 
 
+def _treg(world: World) -> Setup:
+    from locum.align.treg import squashed
+
+    dpo, ref = world.scorer(DPO(world.beta)), world.reference
+    rows = []
+    for block in ("chosen", "rejected"):
+        better, worse = (torch.stack(token_log_probs(m, world.examples, block, 0, ROWS)) for m in (dpo, ref))
+        rows.append(torch.stack([squashed(a, b) for a, b in zip(better, worse, strict=True)]))
+    note = (
+        "its token rewards come from DPO, trained before (an ablation of the paper): a table cannot be asked to rewrite"
+    )
+    return Setup(world.make("treg"), note, {"r_hat": torch.cat(rows)})
+
+
+def _sparsepo(world: World) -> Setup:
+    method, mdp, g = world.make("sparsepo", mask_init="torch"), world.mdp, torch.Generator().manual_seed(world.seed)
+    rows = [torch.randn(mdp.prompts, mdp.vocab + 1, WIDTH, generator=g, dtype=torch.float64) for _ in range(LAYERS)]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(world.seed)
+        signal = method.signal(LAYERS, WIDTH)
+    assert signal is not None
+    note = f"its masks read {LAYERS} layers of {WIDTH} random features per state, where a model has hidden states"
+    return Setup(method, note, signal=signal.double(), features=tuple(tied(f, mdp.length) for f in rows))
+
+
+def _cdpo(world: World) -> Setup:
+    from locum.align.cdpo import ContrastiveEstimation
+
+    sft, pairs = world.make("sft"), world.pairs
+    right, wrong = (TableScorer(world.train(sft, world.responses(y)).logits) for y in (pairs.chosen, pairs.rejected))
+    note = "its positive and negative models are fitted to the chosen and the rejected responses before"
+    return Setup(world.make("cdpo"), note, world.column(ContrastiveEstimation(right, wrong, batch_size=ROWS)))
+
+
+def _teachers(world: World) -> dict[str, Scorer]:
+    from locum.align.aligndistil import swapped
+
+    models = {"dpo": world.pairs, "reverse": swapped(world.pairs)}
+    return {name: world.scorer(DPO(world.beta), pairs=pairs) for name, pairs in models.items()}
+
+
+def _aligndistil(world: World) -> Setup:
+    method = world.make("aligndistil", beta_0=world.beta)
+    note = "its teachers are DPO on the pairs and on the pairs exchanged, trained before"
+    return Setup(method, note, frozen=_teachers(world), batch_of=world.responses(world.pairs.chosen))
+
+
+def _onlinealigndistil(world: World) -> Setup:
+    g = torch.Generator().manual_seed(world.seed)
+
+    def batch_of(step: int, logits: Tensor) -> PairBatch:
+        prompt = torch.randint(world.mdp.prompts, (world.batch_size,), generator=g)
+        return response_batch(prompt, world.mdp.sample(logits, prompt, g))
+
+    method = world.make("onlinealigndistil", beta_0=world.beta)
+    note = "its teachers are DPO on the pairs and on the pairs exchanged, trained before; it samples its own responses"
+    return Setup(method, note, frozen=_teachers(world), batch_of=batch_of)
+
+
+class _Renewed:
+    """A reference that is another policy in every round."""
+
+    now: Scorer
+
+    def __call__(self, batch: PairBatch, taps: Mapping[str, Reduce] | None = None) -> Scores:
+        return self.now(batch, taps)
+
+
+def _selm(world: World) -> Setup:
+    method: Any = world.make("selm", temperature=1.0)
+    mdp, g, ref = world.mdp, torch.Generator().manual_seed(world.seed), _Renewed()
+    every, rows = -(-world.steps // ROUNDS), -(-PAIRS // ROUNDS)
+    made: list[Tensor] = []
+
+    def label(examples: Sequence[Example]) -> list[float]:
+        noise = -torch.empty(len(examples), dtype=torch.float64).exponential_(generator=g).log()
+        return (world.rewards(examples) + noise).tolist()  # the best of two is then as likely as in the pairs
+
+    def batch_of(step: int, logits: Tensor) -> PairBatch:
+        index = step // every
+        if step % every == 0:
+            ref.now = TableScorer(logits.clone())
+            round = table_round(mdp, logits, g, label, index=index, frozen={"ref": ref.now})
+            examples = method.collect(round, world.examples[index * rows : (index + 1) * rows])
+            names = ("prompt_ids", *(f"{block}_ids" for block in method.blocks))
+            made[:] = [torch.tensor([e[name] for e in examples]) for name in names]
+        prompt, *blocks = made
+        chosen = torch.randint(len(prompt), (world.batch_size,), generator=g)
+        return response_batch(prompt[chosen, 0], *(y[chosen] for y in blocks))
+
+    note = f"in {ROUNDS} rounds it samples a response to every pair's prompt and has all three labelled anew: more samples and labels"
+    return Setup(method, note, frozen={"ref": ref}, batch_of=batch_of)
+
+
+def _rto(world: World) -> Setup:
+    mdp, g = world.mdp, torch.Generator().manual_seed(world.seed)
+    scores = mdp.fit_reward(world.pairs)
+    prompt = torch.arange(mdp.prompts).repeat(250)
+    seen = mdp.along(scores, prompt, mdp.sample(mdp.ref_logits, prompt, g)).sum(-1)
+    method: Any = world.make("rto", reward_mean=float(seen.mean()), reward_std=float(seen.std()))
+    critic, frozen = TableCritic(mdp.prompts, mdp.length, mdp.vocab), {"dpo": world.scorer(DPO(world.beta))}
+    prompts: list[Example] = [{"prompt_ids": [i % mdp.prompts]} for i in range(world.batch_size)]
+    current: list[PairBatch] = []
+
+    def batch_of(step: int, logits: Tensor) -> PairBatch:
+        if step % EPOCHS == 0:
+            labeller = lambda examples: world.rewards(examples, scores).tolist()  # noqa: E731
+            round = table_round(mdp, logits, g, labeller, index=step // EPOCHS, frozen=frozen, signal=critic)
+            examples = method.collect(replace(round, batch_size=len(prompts)), prompts)
+            current[:] = [collate(examples, method.blocks, (*method.columns, LOGP_REF))]
+        return current[0]
+
+    note = f"it samples its own responses, one batch for {EPOCHS} steps, with DPO's token rewards and a reward fitted to the pairs"
+    return Setup(method, note, frozen=frozen, signal=critic, batch_of=batch_of)
+
+
 #: name -> what it is given; every other method is trained on the pairs as it is
-RECIPES: dict[str, Callable[[World], Setup]] = {"sft": _sft, "tgdpo": _tgdpo}
+RECIPES: dict[str, Callable[[World], Setup]] = {
+    "sft": _sft,
+    "tgdpo": _tgdpo,
+    "treg": _treg,
+    "sparsepo": _sparsepo,
+    "cdpo": _cdpo,
+    "aligndistil": _aligndistil,
+    "onlinealigndistil": _onlinealigndistil,
+    "selm": _selm,
+    "rto": _rto,
+}
 
 
 def run_table(name: str, world: World) -> Row:

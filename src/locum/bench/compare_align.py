@@ -22,8 +22,8 @@ __all__ = ["AlignTask", "Budget", "align_methods"]
 
 TABLE, SENTIMENT, DATA = "token-mdp", "sentiment", "data"
 ORDER = ("dpo", "sft", "tdpo1", "tdpo2", "tgdpo", "treg", "sparsepo", "cdpo", "aligndistil", "selm", "rto")
-TABLES_ONLY: dict[str, str] = {}  # method -> why it is not trained on a language model here
-SAME = {"onlinetgdpo"}  # another way to compute what is compared already
+TABLES_ONLY = ("selm", "rto", "onlinealigndistil")  # rounds of sampling and labelling: another budget than pairs
+SAME = ("onlinetgdpo", "simporeg")  # what is compared under another name, or has no reference to stay near to
 NEW_TOKENS = {SENTIMENT: 28, DATA: 64}
 
 
@@ -51,7 +51,8 @@ class AlignTask(Task):
     """Preference methods with the same pairs, steps, batches, learning rates, optimizer and start.
 
     Args:
-        methods: which to compare, or "all". DPO always runs: the others are measured against it.
+        methods: which to compare: dpo, sft, tdpo1, tdpo2, tgdpo, treg, sparsepo, cdpo, aligndistil; on token-mdp also selm, rto and
+            onlinealigndistil, which sample on their own; or "all". DPO always runs: the others are measured against it.
         task: "token-mdp", small worlds whose reward and KL are exact; "sentiment", a language model that goes on with a sentence
             and is rewarded by VADER; or both.
         model: the language model: a shipped name, a path, or a hub name. Trained with LoRA.
@@ -118,7 +119,9 @@ class AlignTask(Task):
                 raise unknown("method of align", method, [*align_methods(), "all"])
         for method in self.chosen if set(self.groups) != {TABLE} else ():
             if method in TABLES_ONLY and "all" not in self.methods:
-                raise UserError(f"method {method} {TABLES_ONLY[method]}: compare it with --task {TABLE}")
+                raise UserError(
+                    f"method {method} samples and labels in rounds, which is another budget than pairs: compare it with --task {TABLE}"
+                )
         _ = self.rows  # read now, so that a bad file is refused now, and sent along to a worker
 
     @cached_property

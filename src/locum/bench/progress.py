@@ -52,9 +52,10 @@ class Bar:
         now = time.monotonic()
         if now - self._said >= _EVERY or self.done >= self.total:
             self._said = now
-            left = (now - self._began) / max(self.done, 1e-9) * (self.total - self.done)
+            left = (now - self._began) / self.done * (self.total - self.done) if self.done > 0 else None
             print(
-                f"{self.title}: {self.done:.0f}/{self.total:.0f} {text}, about {left:.0f} s left",
+                f"{self.title}: {self.done:.0f}/{self.total:.0f} {text}"
+                + (f", about {left:.0f} s left" if left is not None else ""),
                 file=sys.stderr,
                 flush=True,
             )

@@ -60,7 +60,9 @@ class Compare(Command):
         if not args:
             raise UserError(f"say which family to compare: {', '.join(TASKS)}")
         if args[0] in ("-h", "--help"):
-            print(f"usage: locum compare FAMILY ... (families: {', '.join(TASKS)}; locum compare decode --help)")
+            print(
+                f"usage: locum compare FAMILY ... (families: {', '.join(TASKS)}; locum compare FAMILY --help says more)"
+            )
             raise SystemExit(0)
         family, *rest = args
         if family not in FAMILIES:
