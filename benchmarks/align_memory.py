@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from locum.bench.machine import PeakMemory, environment
-from locum.tokens.logprobs import Scores, divergence, kl_of, log_prob, over_tiles
+from locum.tokens.tiles import Scores, divergence, kl_of, log_prob, over_tiles
 
 ALPHA = 1.5  # the distillation's teacher: z_a + ALPHA (z_a - z_b)
 

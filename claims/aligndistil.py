@@ -24,7 +24,7 @@ from locum.align.base import Logs, Method, PairBatch, TokenStats
 from locum.align.table import TableScorer, response_batch, train
 from locum.bench.verify import Claim, Judgement
 from locum.tasks.token_mdp import TableMDP
-from locum.tokens.logprobs import Tile, log_prob
+from locum.tokens.tiles import Tile, log_prob
 
 BETA_0, BETA, PAIRS, DPO_STEPS, RESPONSES = 0.1, 0.08, 2000, 40, 64
 STEPS, AT, RATE, RATES = 120, 40, 0.03, (0.01, 0.03, 0.1)

@@ -25,7 +25,7 @@ from locum.align.critical import Rollouts, pass_at_k
 from locum.align.statistics import statistics
 from locum.bench.verify import Claim, Judgement
 from locum.tasks.running_sums import END, RunningSums, Solver
-from locum.tokens.logprobs import Scores, log_prob, over_tiles
+from locum.tokens.tiles import Scores, log_prob, over_tiles
 
 BETAS, RATE, RATES = (0.1, 1.0), 2e-3, (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)
 BATCH, TUNE_RATE = 64, 3e-3  # pairs per step; rate of the two fine-tunes

@@ -15,6 +15,7 @@ from locum.errors import UserError
 from locum.models import tiny
 from locum.tasks.token_mdp import TableMDP, solve_tree, tree_value
 from locum.tokens import logprobs as lp
+from locum.tokens import tiles
 
 F64 = torch.float64
 IDS = torch.zeros(1, dtype=torch.long)
@@ -88,7 +89,7 @@ def test_the_objective_is_minus_the_distillation_loss_plus_a_known_term(seed, be
     right, reach = 0.0, torch.ones(1, dtype=F64)
     for r, d, p, target in zip(ref, dpo, pi, teacher_of(dpo, ref, beta), strict=True):
         log_z = lp.log_sum_exp(r + (0.1 / beta) * (d - r))
-        right += (reach * beta * (log_z - lp.kl_of(p, target))).sum().item()
+        right += (reach * beta * (log_z - tiles.kl_of(p, target))).sum().item()
         reach = (reach[:, None] * p.exp()).flatten()
     assert tree_value(reward_of(dpo, ref), ref, pi, beta) == pytest.approx(right, abs=1e-10)
 
@@ -174,7 +175,7 @@ def test_temperature_divides_policy_and_teacher():
     z = random_tiles(4)
     target, _ = AlignDistil().teach(z["dpo"].log_softmax(-1), z["reverse"].log_softmax(-1))
     hot = stats(AlignDistil(temperature=2.0), z).columns
-    torch.testing.assert_close(hot["kl"][0], lp.divergence(z["policy"] / 2, target / 2), atol=1e-12, rtol=0)
+    torch.testing.assert_close(hot["kl"][0], tiles.divergence(z["policy"] / 2, target / 2), atol=1e-12, rtol=0)
     torch.testing.assert_close(hot["alpha"], stats(AlignDistil(), z).columns["alpha"], atol=0, rtol=0)
 
 
@@ -373,7 +374,7 @@ def test_teachers_of_language_models_are_trained_and_used(tmp_path, adapters):
 
     def margin(scorer):
         with torch.no_grad():
-            logp = batch.spread(lp.over_tiles(lp.log_prob, [scorer(batch)], batch.targets)[0])
+            logp = batch.spread(tiles.over_tiles(tiles.log_prob, [scorer(batch)], batch.targets)[0])
         chosen, rejected = lp.masked_sum(logp, batch.mask).chunk(2)
         return (chosen - rejected).mean().item()
 

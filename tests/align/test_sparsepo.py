@@ -15,7 +15,7 @@ from locum.align.table import TableScorer, fit, response_batch
 from locum.errors import UserError
 from locum.models import tiny
 from locum.tasks.token_mdp import TableMDP, tied
-from locum.tokens.logprobs import Scores
+from locum.tokens.tiles import Scores
 
 F64 = torch.float64
 V, LAYERS, H = 16, 4, 32

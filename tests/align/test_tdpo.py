@@ -13,6 +13,7 @@ from locum.align.statistics import statistics
 from locum.align.table import TableScorer, response_batch
 from locum.errors import UserError
 from locum.tokens import logprobs as lp
+from locum.tokens import tiles
 
 F64 = torch.float64
 V, H, N = 4, 3, 3
@@ -149,7 +150,7 @@ def test_at_the_reference_all_start_alike(tables):
 def test_tdpo1s_token_score_is_an_advantage(pairs):
     """Its mean under the reference is zero, and it is the raw logits' gap less the gap's mean: no normaliser of pi."""
     policy, ref = torch.tensor(pairs, dtype=F64).T
-    k = lp.divergence(ref[None], policy[None])
+    k = tiles.divergence(ref[None], policy[None])
     d = policy.log_softmax(-1) - ref.log_softmax(-1)
     p = ref.softmax(-1)
     assert (p * (d + k)).sum().item() == pytest.approx(0, abs=1e-12)
@@ -205,7 +206,7 @@ def test_tiles_change_neither_value_nor_gradient(tables, monkeypatch):
     policy, ref, batch = tables
 
     def single(z):
-        return lambda batch, taps=None: lp.Scores(TableScorer(z)(batch).hidden.float())
+        return lambda batch, taps=None: tiles.Scores(TableScorer(z)(batch).hidden.float())
 
     def both(loss):
         leaf = policy.clone().requires_grad_()

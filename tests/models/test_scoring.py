@@ -24,7 +24,7 @@ from transformers import (
 from locum.errors import UserError
 from locum.models import tiny
 from locum.models.scoring import TAPS, adapter, score, unwrapped
-from locum.tokens.logprobs import log_prob, over_tiles
+from locum.tokens.tiles import log_prob, over_tiles
 
 F64 = torch.float64
 SIZES = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from locum.errors import UserError
 from locum.tokens import logprobs as lp
+from locum.tokens import tiles
 
 F64 = torch.float64
 
@@ -130,9 +131,9 @@ def test_other_vocabulary_is_refused():
 def test_the_direction_of_a_divergence():
     """KL((.5, .5) || (.9, .1)) and KL((.9, .1) || (.5, .5)), by hand."""
     z, q = torch.zeros(1, 2, dtype=F64), torch.tensor([[math.log(9), 0.0]], dtype=F64)
-    assert lp.divergence(z, q).item() == pytest.approx(math.log(5 / 3), abs=1e-12)
-    assert lp.distilled(z, q.log_softmax(-1)).item() == pytest.approx(math.log(5 / 3), abs=1e-12)
-    assert lp.divergence(q, z).item() == pytest.approx(0.9 * math.log(9) + math.log(0.2), abs=1e-12)
+    assert tiles.divergence(z, q).item() == pytest.approx(math.log(5 / 3), abs=1e-12)
+    assert tiles.distilled(z, q.log_softmax(-1)).item() == pytest.approx(math.log(5 / 3), abs=1e-12)
+    assert tiles.divergence(q, z).item() == pytest.approx(0.9 * math.log(9) + math.log(0.2), abs=1e-12)
 
 
 def test_log_sum_exp_in_every_tiling():
@@ -148,17 +149,17 @@ def test_the_closed_form_gradient_is_autograd_s_and_reaches_the_student_alone():
     g = torch.Generator().manual_seed(5)
     z, q = (torch.randn(6, 7, generator=g, dtype=F64, requires_grad=True) for _ in range(2))
     weight = torch.rand(6, generator=g, dtype=F64)
-    value = lp.distilled(z, q.log_softmax(-1))
-    torch.testing.assert_close(value, lp.divergence(z, q), atol=1e-12, rtol=0)
+    value = tiles.distilled(z, q.log_softmax(-1))
+    torch.testing.assert_close(value, tiles.divergence(z, q), atol=1e-12, rtol=0)
     got = torch.autograd.grad((weight * value).sum(), (z, q), allow_unused=True)
-    (want,) = torch.autograd.grad((weight * lp.divergence(z, q)).sum(), z)
+    (want,) = torch.autograd.grad((weight * tiles.divergence(z, q)).sum(), z)
     torch.testing.assert_close(got[0], want, atol=1e-12, rtol=0)
     assert got[1] is None
-    assert torch.autograd.gradcheck(lambda z: lp.distilled(z, q.detach().log_softmax(-1)), (z,))
-    assert lp.distilled(z, z.log_softmax(-1)).abs().max() < 1e-12
+    assert torch.autograd.gradcheck(lambda z: tiles.distilled(z, q.detach().log_softmax(-1)), (z,))
+    assert tiles.distilled(z, z.log_softmax(-1)).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("form", [lp.divergence, lambda z, q: lp.distilled(z, q.log_softmax(-1))])
+@pytest.mark.parametrize("form", [tiles.divergence, lambda z, q: tiles.distilled(z, q.log_softmax(-1))])
 def test_a_divergence_from_what_is_ruled_out(form):
     """Both rule a token out: 0 and no gradient for it. The teacher alone: inf. nan stays nan."""
     ninf = -math.inf
@@ -186,15 +187,15 @@ def test_distillation_from_hidden_states_is_that_of_plain_logits(n, V, D, tile, 
     b = torch.randn(V, generator=g)
     up = torch.rand(n, generator=g)
     exact = [x.double().requires_grad_() for x in (h, w, b)]
-    want = lp.divergence(exact[0] @ exact[1].T + exact[2], (th @ tw.T).double())
+    want = tiles.divergence(exact[0] @ exact[1].T + exact[2], (th @ tw.T).double())
     grads = torch.autograd.grad((up * want).sum(), exact)
     own = [x.clone().requires_grad_() for x in (h, w, b)]
-    got = lp.distillation(lp.Scores(*own), lp.Scores(th, tw), tile)
+    got = tiles.distillation(tiles.Scores(*own), tiles.Scores(th, tw), tile)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-5)
     for a, c in zip(torch.autograd.grad((up * got).sum(), own), grads, strict=True):
         torch.testing.assert_close(a.double(), c, atol=1e-5, rtol=1e-5)
-    plain = lp.distillation(lp.Scores(h @ w.T + b), lp.Scores(th @ tw.T), tile)
+    plain = tiles.distillation(tiles.Scores(h @ w.T + b), tiles.Scores(th @ tw.T), tile)
     torch.testing.assert_close(plain, got, atol=1e-5, rtol=1e-5)
 
 
@@ -204,13 +205,13 @@ def test_distillation_in_bfloat16_over_a_large_vocabulary():
     n, V, D = 4, 50_021, 16
     h, th = torch.randn(2, n, D, generator=g).bfloat16()
     w, tw = torch.randn(2, V, D, generator=g).bfloat16() / 4
-    want = lp.divergence((h.double() @ w.double().T), (th.double() @ tw.double().T))
+    want = tiles.divergence((h.double() @ w.double().T), (th.double() @ tw.double().T))
     own = [x.clone().requires_grad_() for x in (h, w)]
-    got = lp.distillation(lp.Scores(*own), lp.Scores(th, tw), tile=3)
+    got = tiles.distillation(tiles.Scores(*own), tiles.Scores(th, tw), tile=3)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got.double(), want, rtol=2e-2, atol=0)
     exact = [x.double().requires_grad_() for x in (h, w)]
-    torch.autograd.backward(lp.divergence(exact[0] @ exact[1].T, th.double() @ tw.double().T).sum())
+    torch.autograd.backward(tiles.divergence(exact[0] @ exact[1].T, th.double() @ tw.double().T).sum())
     got.sum().backward()
     for a, c in zip(own, exact, strict=True):
         assert a.grad.dtype == torch.bfloat16
@@ -219,7 +220,7 @@ def test_distillation_in_bfloat16_over_a_large_vocabulary():
 
 def test_models_of_other_vocabularies_cannot_be_distilled():
     with pytest.raises(UserError, match="same vocabulary; their logits have 4, 5 entries"):
-        lp.distillation(lp.Scores(torch.zeros(1, 4)), lp.Scores(torch.zeros(1, 5)))
+        tiles.distillation(tiles.Scores(torch.zeros(1, 4)), tiles.Scores(torch.zeros(1, 5)))
 
 
 def test_extrapolated_laws_and_what_they_rule_out():
@@ -228,11 +229,11 @@ def test_extrapolated_laws_and_what_they_rule_out():
     z, to, away = torch.randn(3, 4, 5, generator=g, dtype=F64)
     a = torch.tensor([0.0, 0.5, 1.0, 20.0], dtype=F64)
     want = (z + a[:, None] * (to - away)).log_softmax(-1)
-    torch.testing.assert_close(lp.extrapolated(z, to, away, a), want, atol=1e-12, rtol=0)
-    torch.testing.assert_close(lp.extrapolated(z + 1, to - 2, away + 3, a), want, atol=1e-12, rtol=0)
+    torch.testing.assert_close(tiles.extrapolated(z, to, away, a), want, atol=1e-12, rtol=0)
+    torch.testing.assert_close(tiles.extrapolated(z + 1, to - 2, away + 3, a), want, atol=1e-12, rtol=0)
     to[:, 0], away[:, 0], to[0, 1], away[1, 2] = -math.inf, -math.inf, -math.inf, -math.inf
-    got = lp.extrapolated(to, to, away, a)
+    got = tiles.extrapolated(to, to, away, a)
     assert torch.isneginf(got).nonzero().tolist() == [[0, 0], [0, 1], [1, 0], [1, 2], [2, 0], [3, 0]]
     assert got.exp().sum(-1).tolist() == pytest.approx([1.0] * 4)
     away[2, 3] = math.nan
-    assert lp.extrapolated(to, to, away, a)[2].isnan().all()
+    assert tiles.extrapolated(to, to, away, a)[2].isnan().all()

@@ -70,7 +70,8 @@ from locum.errors import UserError
 from locum.method import require
 from locum.tasks.token_mdp import Pairs
 from locum.tokens import logprobs as lp
-from locum.tokens.logprobs import Tile
+from locum.tokens import tiles
+from locum.tokens.tiles import Tile
 
 __all__ = ["AlignDistil", "OnlineAlignDistil", "both_ways", "swapped", "train_teachers"]
 
@@ -127,7 +128,7 @@ class AlignDistil(Method):
             alpha = torch.full_like(dpo[:, 0], self.beta_0 / self.beta)
         else:
             alpha = self.r * 0.5 * (dpo.exp() - other.exp()).abs_().sum(-1) + self.eps
-        return lp.extrapolated(other if self.other == "ref" else dpo, dpo, other, alpha), alpha
+        return tiles.extrapolated(other if self.other == "ref" else dpo, dpo, other, alpha), alpha
 
     def per_token(self, z: Mapping[str, Tile], ids: Tensor) -> Logs:
         """KL from policy to teacher, "alpha", and what is watched: KL from policy to both models, log pi of the token."""
@@ -136,14 +137,14 @@ class AlignDistil(Method):
             target, alpha = self.teach(dpo, other)
             watched = {
                 "alpha": alpha,
-                "kl_dpo": lp.kl_of(pi, dpo),
-                "kl_other": lp.kl_of(pi, other),
+                "kl_dpo": tiles.kl_of(pi, dpo),
+                "kl_other": tiles.kl_of(pi, other),
                 "logp": pi.gather(-1, ids[:, None])[:, 0],
             }
         policy = z["policy"]
         if self.temperature != 1:
             policy, target = policy / self.temperature, (target / self.temperature).log_softmax(-1)
-        return {"kl": lp.distilled(policy, target), **watched}
+        return {"kl": tiles.distilled(policy, target), **watched}
 
     def __call__(self, s: TokenStats) -> tuple[Float[Tensor, ""], Logs]:
         kl, alpha, length = s.columns["kl"], s.columns["alpha"], s.mask.sum(-1)

@@ -25,8 +25,9 @@ from torch.nn import functional as F
 
 from locum.errors import UserError
 from locum.method import require
-from locum.tokens import logprobs as lp
-from locum.tokens.logprobs import Tile, masked_sum
+from locum.tokens import tiles
+from locum.tokens.logprobs import masked_sum
+from locum.tokens.tiles import Tile
 
 __all__ = ["AlignLoss", "Example", "Logs", "Method", "PairBatch", "PerToken", "TokenStats"]
 
@@ -137,11 +138,11 @@ class Method(ABC):
 
     def per_token(self, z: Mapping[str, Tile], ids: Int[Tensor, " r"]) -> Logs:
         """What is made of one tile of logits [r, V] per model: "logp", "logp_ref", "k", or a column of `TokenStats`."""
-        out = {"logp": lp.log_prob(z["policy"], ids)}
+        out = {"logp": tiles.log_prob(z["policy"], ids)}
         if "ref" in z:
-            out["logp_ref"] = lp.log_prob(z["ref"], ids)
+            out["logp_ref"] = tiles.log_prob(z["ref"], ids)
         if "kl" in self.needs:
-            out["k"] = lp.divergence(z["ref"], z["policy"])
+            out["k"] = tiles.divergence(z["ref"], z["policy"])
         return out
 
     def signal(self, layers: int, hidden_size: int) -> "Signal | None":
@@ -158,7 +159,7 @@ class Signal(nn.Module, ABC):
     taps: Mapping[str, Any] = {}
 
     @abstractmethod
-    def forward(self, ref: lp.Scores, batch: PairBatch) -> dict[str, Float[Tensor, " n"]]:
+    def forward(self, ref: tiles.Scores, batch: PairBatch) -> dict[str, Float[Tensor, " n"]]:
         """Columns at the response tokens, row by row, from the reference's scores there."""
 
     def groups(self, lr: float) -> list[dict[str, Any]]:

@@ -62,7 +62,7 @@ from locum.align.signals import TokenSignal
 from locum.align.statistics import Scorer, token_values
 from locum.errors import UserError
 from locum.method import require
-from locum.tokens.logprobs import Tile
+from locum.tokens.tiles import Tile
 
 __all__ = ["CDPO", "CEData", "ContrastiveEstimation", "Sampled", "build_ce_data", "contrastive"]
 

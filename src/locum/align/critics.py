@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from locum.align.base import PairBatch, Signal
-from locum.tokens.logprobs import Scores
+from locum.tokens.tiles import Scores
 
 __all__ = ["Critic", "TableCritic"]
 

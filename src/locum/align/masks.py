@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from locum.align.base import PairBatch, Signal
 from locum.errors import UserError
-from locum.tokens.logprobs import Scores, over_tiles
+from locum.tokens.tiles import Scores, over_tiles
 
 __all__ = ["ComputedMask", "FunctionMask", "LearnedMask", "MaPO", "MaskNetwork", "RandomMask", "rescaled"]
 

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from locum.align.base import Example, Method, PairBatch, Signal, TokenStats
 from locum.errors import UserError
 from locum.models.scoring import Reduce, adapter, score
-from locum.tokens.logprobs import Scores, log_prob, over_tiles
+from locum.tokens.tiles import Scores, log_prob, over_tiles
 
 __all__ = ["BASE", "ModelScorer", "Scorer", "collate", "statistics", "token_log_probs", "token_signals", "token_values"]
 

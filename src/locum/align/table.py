@@ -17,7 +17,7 @@ from locum.align.rounds import Labeller, Round
 from locum.align.statistics import Scorer, statistics
 from locum.models.scoring import Reduce
 from locum.tasks.token_mdp import Pairs, TableMDP, tied
-from locum.tokens.logprobs import Scores
+from locum.tokens.tiles import Scores
 
 __all__ = ["Curve", "TableScorer", "Tied", "at_kl", "fit", "response_batch", "table_round", "train"]
 

@@ -59,7 +59,7 @@ from locum.align.signals import R_HAT, TokenSignal
 from locum.align.statistics import ModelScorer, Scorer, token_values
 from locum.method import require
 from locum.models import LM, require_same_vocabulary
-from locum.tokens.logprobs import Tile, log_prob
+from locum.tokens.tiles import Tile, log_prob
 
 __all__ = ["TGDPO", "GuideReward", "OnlineTGDPO", "guide_reward"]
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from locum.errors import UserError
 from locum.tokens import logprobs as lp
-from locum.tokens.logprobs import Scores
+from locum.tokens.tiles import Scores
 
 __all__ = ["TAPS", "adapter", "score", "unwrapped"]
 
