@@ -12,7 +12,6 @@ from locum.align import DPO, TDPO1, TDPO2, PairBatch, TokenStats
 from locum.align.statistics import statistics
 from locum.align.table import TableScorer, response_batch
 from locum.errors import UserError
-from locum.tokens import logprobs as lp
 from locum.tokens import tiles
 
 F64 = torch.float64
@@ -217,7 +216,7 @@ def test_tiles_change_neither_value_nor_gradient(tables, monkeypatch):
         plain = value(loss, *tables), gradient(loss, *tables)
         torch.testing.assert_close(both(loss), plain, atol=1e-5, rtol=0)
         with monkeypatch.context() as m:
-            m.setattr(lp, "TILE", 2 * V)
+            m.setattr(tiles, "TILE", 2 * V)
             torch.testing.assert_close(both(loss), plain, atol=1e-5, rtol=0)
 
 
