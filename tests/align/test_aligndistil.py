@@ -233,7 +233,7 @@ def test_padding_order_company_and_tiles_change_nothing(models, order, left, til
     alone = [method(seen(models, method, [EXAMPLES[i]]))[0] for i in order]
     terms = [seen(models, method, [EXAMPLES[i]]) for i in order]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lp, "TILE", 16 * tile)
+        patch.setattr(tiles, "TILE", 16 * tile)
         s = seen(models, method, [EXAMPLES[i] for i in order], left=left, pad_id=13)
     loss, logs = method(s)
     for name in ("kl", "alpha"):

@@ -13,7 +13,7 @@ from locum.align.cdpo import Sampled, build_ce_data, contrastive
 from locum.align.statistics import ModelScorer, collate, statistics, token_log_probs
 from locum.errors import UserError
 from locum.models import tiny
-from locum.tokens import logprobs
+from locum.tokens import tiles
 
 F64 = torch.float64
 V = 16
@@ -97,7 +97,7 @@ def test_the_column_is_the_softmax_of_whole_logits(models, monkeypatch):
     assert both[1]["chosen_ce"][-1] == 1.0
     assert 0 < both[0]["chosen_ce"][-1] < 1
     assert "rejected_ce" not in PAIRS[0]
-    monkeypatch.setattr(logprobs, "TILE", 2 * V)  # logits of two positions at a time
+    monkeypatch.setattr(tiles, "TILE", 2 * V)  # logits of two positions at a time
     for row, again in zip(found, signal.annotate(PAIRS), strict=True):
         assert row["rejected_ce"] == pytest.approx(again["rejected_ce"], abs=1e-12)
 
