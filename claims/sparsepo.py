@@ -27,7 +27,7 @@ from locum.bench.measures import sign_test
 from locum.bench.verify import Claim, Judgement
 from locum.models.scoring import Reduce
 from locum.tasks.token_mdp import Pairs, TableMDP, tied
-from locum.tokens.logprobs import Scores
+from locum.tokens.tiles import Scores
 
 PROMPTS, VOCAB, LENGTH, LAYERS, FEATURES = 4, 16, 8, 4, 24
 TRIGGERS, PAIRS, STEPS, LEVELS = slice(8, 11), 2000, 300, (0.5, 1.0, 2.0)
@@ -144,7 +144,10 @@ def judge(rows: list[dict[str, Any]]) -> Judgement:
         return figures[name]["p"] <= 0.04 and figures[name]["auc"] > 0.5
 
     zeros = [figures[name]["zeros"] for name in LAMBDAS]
-    holds = finds("common") and not finds(SHUFFLED) and zeros == sorted(zeros) and zeros[0] < zeros[-1]
+    checks = {"i": finds("common"), "ii": zeros == sorted(zeros) and zeros[0] < zeros[-1], "iii": not finds(SHUFFLED)}
+    gaps = [[row[name]["critical"] - row[name]["other"] for row in rows] for name in ("common", SHUFFLED)]
+    ahead = sum(a > b for a, b in zip(*gaps, strict=True))
+    figures |= {"passed": checks, "gap_above_control": ahead}
 
     def shown(name: str) -> str:
         f = figures[name]
@@ -159,13 +162,15 @@ def judge(rows: list[dict[str, Any]]) -> Judgement:
         return f"{name} {rewards}" + (f" ({', '.join(notes)})" if notes else "")
 
     measured = (
-        "mean m_u after a trigger against elsewhere: "
+        ", ".join(f"({name}) {'passes' if ok else 'fails'}" for name, ok in checks.items())
+        + ": mean m_u after a trigger against elsewhere: "
         + "; ".join(f"{name} {shown(name)}" for name in (*LAMBDAS, SHUFFLED, "independent"))
-        + f"; share of zeros {'/'.join(f'{z:.2f}' for z in zeros)} at lambda {'/'.join(map(str, LAMBDAS.values()))}; reward at "
-        f"KL {'/'.join(map(str, LEVELS))}, all at beta 0.1: "
+        + f"; the difference is larger than the control's in {ahead} of {len(rows)} seeds; share of zeros "
+        f"{'/'.join(f'{z:.2f}' for z in zeros)} at lambda {'/'.join(map(str, LAMBDAS.values()))}; reward at KL "
+        f"{'/'.join(map(str, LEVELS))}, all at beta 0.1: "
         + ", ".join(frontier(name) for name in METHODS if name != SHUFFLED)
     )
-    return Judgement("holds" if holds else "fails", measured, figures)
+    return Judgement("holds" if all(checks.values()) else "fails", measured, figures)
 
 
 claim = Claim(
