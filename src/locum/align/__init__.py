@@ -3,7 +3,13 @@
 >>> from locum.align import DPO, TDPO2
 >>> TDPO2(beta=0.1, alpha=0.5)
 TDPO2(beta=0.1, alpha=0.5)
+
+`align` trains a model from a file of pairs; `Trainer` and `run_rounds` are what it does it with. All three are imported when
+they are first used, because they bring transformers' trainer.
 """
+
+import importlib
+from typing import Any
 
 from locum.align.aligndistil import AlignDistil, OnlineAlignDistil
 from locum.align.base import AlignLoss, Method, PairBatch, TokenStats
@@ -43,3 +49,11 @@ __all__ = [
     "encode",
     "read_pairs",
 ]
+
+_LAZY = {"LoRA": "run", "Trainer": "trainer", "align": "run", "align_arguments": "trainer", "run_rounds": "driver"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)

@@ -103,7 +103,8 @@ class RTO(Method, Online):
         critic_lr: learning rate of the critic, > 0. The paper's 9e-6 is for a critic as large as the policy; here it is a
             small head on the reference.
         delimiters: token ids that end a sentence (`sentence_ends`), for the placement "sentence".
-        reward_mean, reward_std: the scores' mean and standard deviation on samples of the reference; taken out of them.
+        reward_mean: the scores' mean on samples of the reference; it is taken from them.
+        reward_std: their standard deviation there, > 0; they are divided by it.
         reward_limit: limit of a score after that, > 0. Reference code 10.
         dpo_ref: whether the DPO model was trained against another model than the policy's reference; it is then given as the
             frozen model "dpo_ref".

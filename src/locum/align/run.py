@@ -1,7 +1,6 @@
 """From a model and a file of preference pairs to a trained model in a folder, in one call.
 
->>> from locum.align import TDPO2
->>> from locum.align.run import LoRA, align
+>>> from locum.align import TDPO2, LoRA, align
 >>> align(TDPO2(), "smollm2-135m-instruct", "pairs.jsonl", "aligned", lora=LoRA())  # doctest: +SKIP
 
 The data is read and checked before a model is loaded. A run that was stopped goes on with ``resume=True``: from the last
@@ -16,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -60,8 +60,6 @@ class LoRA:
             from peft import LoraConfig, get_peft_model
         except ImportError:
             raise MissingExtra("LoRA", "align") from None
-        import torch
-
         config = LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,
@@ -129,6 +127,7 @@ def align(
         max_length: tokens of prompt and response; overlong: what happens to longer ones, "error", "truncate" or "drop".
         precompute_reference: score the reference once, before training; for methods that need no more of it.
         resume: go on with a run in the folder.
+        dtype, device: of all models; a full training has float32 weights unless told otherwise (on CUDA with bfloat16 autocast).
         settings: transformers' training arguments: learning_rate, num_train_epochs, per_device_train_batch_size, seed, ...
 
     Raises: UserError for bad rows, models or settings, before any work is done; for a loss that is not finite in training.
@@ -145,6 +144,8 @@ def align(
     reads = tuple(b for b in method.blocks if b in PAIR) or (PAIR if ingredients(method) else ())
     rows = read_pairs(data, blocks=PAIR if ingredients(method) else reads)
     held_out = read_pairs(eval_data, blocks=rows.blocks) if eval_data is not None else None
+    if lora is None and dtype is None:  # steps of a full training are too small for bfloat16 weights
+        dtype, settings = "float32", {"bf16": device != "cpu" and torch.cuda.is_available()} | settings
     args = align_arguments(out, **({"learning_rate": 1e-4} if lora else {}) | settings)
     _begin(
         out, resume, {"method": to_dict(method), "model": getattr(model, "name", model), "lora": lora and asdict(lora)}

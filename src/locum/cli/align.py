@@ -52,7 +52,7 @@ class Options:
         logging_steps: steps between figures.
         report_to: a tracker that transformers knows, e.g. tensorboard or wandb.
         resume: go on with a run that was stopped.
-        dtype: the model's type, e.g. float32 or bfloat16; the device's usual one when left out.
+        dtype: the models' type, e.g. float32 or bfloat16; when left out float32, with --lora the device's usual one.
         device: e.g. cpu or cuda; the best there is when left out.
         json: print one JSON document.
     """
