@@ -197,7 +197,9 @@ def collected(mdp, method, values=None, **more):
 @pytest.mark.parametrize("critic", [True, False])
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_a_round_holds_what_the_equations_say(mdp, placement, critic):
-    method = RTO(placement=placement, critic=critic, delimiters=(0, 2), reward_mean=0.5, reward_std=2.0, lam=0.8)
+    method = RTO(
+        placement=placement, critic=critic, delimiters=(0, 2), reward_mean=0.5, reward_std=2.0, lam=0.8, gamma=0.9
+    )
     values = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(3), dtype=F64)
     examples, round = collected(mdp, method, values)
     prompt = torch.tensor([e["prompt_ids"][0] for e in examples])
@@ -208,7 +210,7 @@ def test_a_round_holds_what_the_equations_say(mdp, placement, critic):
         dpo, ref, old, mask, (score - 0.5) / 2, placement=placement, ends=(y == 0) | (y == 2), beta_1=0.05, beta_2=0.01
     )
     value = mdp.along(values[..., None].expand_as(mdp.reward), prompt, y) if critic else torch.zeros_like(paid)
-    advantage, returns = ppo.gae(paid, value, mask, 1.0, 0.8 if critic else 1.0)
+    advantage, returns = ppo.gae(paid, value, mask, 0.9, 0.8 if critic else 1.0)
     want = {"old_logp": old, "logp_ref": ref, "old_value": value, "return": returns}
     want["advantage"] = ppo.whiten(advantage, mask)
     for name, x in want.items():
