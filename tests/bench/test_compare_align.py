@@ -145,6 +145,7 @@ compare(AlignTask(methods=("tdpo1",), task="token-mdp", seeds=3, steps=60), name
 """
 
 
+@pytest.mark.slow
 def test_killed_then_resumed_measures_only_what_is_missing(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", KILLED.format(runs=str(tmp_path))], stderr=subprocess.DEVNULL)
     results = tmp_path / "a" / "results.jsonl"
@@ -254,6 +255,7 @@ def test_the_base_comes_back_and_a_lost_guide_is_trained_again(model_folders, pa
     assert again["preparation_seconds"] > rows["dpo"]["preparation_seconds"]
 
 
+@pytest.mark.slow
 def test_methods_with_adapters_of_their_own(model_folders, pairs, tmp_path):
     methods = [m for m in align_methods() if m not in (*TABLES_ONLY, "dpo", "tdpo2", "tgdpo")]
     task = on_data(model_folders, pairs, methods=tuple(methods), steps=2, checkpoints=1, held_out=2)

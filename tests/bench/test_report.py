@@ -63,8 +63,11 @@ def test_the_frontier_holds_whom_none_beats():
 
 
 def test_ticks_enclose_and_labels_keep_apart():
-    for low, high in ((0.9, 3.1), (1.0, 1.0), (0.0, 1e-6), (5, 5000)):
-        ticks = _ticks(low, high)
+    ranges = [
+        (low, high, room) for low, high in ((0.9, 3.1), (1.0, 1.0), (0.0, 1e-6), (5, 5000)) for room in (0.05, 0.0)
+    ]
+    for low, high, room in [*ranges, (0.0, 0.0, 0.0), (0.0, 400.0, 0.0)]:
+        ticks = _ticks(low, high, room)
         assert ticks[0] <= low
         assert ticks[-1] >= high
         assert 2 <= len(ticks) <= 13

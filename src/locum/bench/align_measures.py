@@ -213,7 +213,7 @@ MEASURES = (
         ratio("tokens", "seconds"), digits=0,
     ),
     Measure(
-        "seconds", "cost", "training", "s", "lower", "seconds of training, without measuring; median over seeds",
+        "seconds", "cost", "train", "s", "lower", "seconds of training, without measuring; median over seeds",
         median(_raw("seconds")), digits=1,
     ),
     Measure(

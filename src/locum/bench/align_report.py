@@ -1,16 +1,19 @@
 """The sections of a comparison of preference methods: reward against KL, DPO at equal KL, the way there, the cost, samples."""
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from locum.bench.align_measures import BASELINE, along_kl, score_limits
-from locum.bench.charts import Difference, Line, Spot, curves, differences
+from locum.bench.charts import FEW, Difference, Line, Spot, curves, differences
 from locum.bench.report import Page, Part, text
 from locum.bench.store import Row
 
 __all__ = ["align_part"]
 
+FAR = 1.3  # a method that goes so much further than DPO makes a second, nearer drawing worth while
 ALONG = {  # what is drawn against the steps, and how it is called
     "reward": "reward",
     "kl": "KL to the reference, nats",
@@ -32,19 +35,26 @@ def align_part(page: Page) -> Part:
     key = "".join(f'<span class="key c{colours[m]}"><i></i>{text(m)}</span>' for m in methods)
     fields = {
         "frontier": _per_group(groups, lambda members: _frontier(members, colours)),
-        "differences": "".join(
-            f"<div><h3>{text(name)}</h3>{_differences(page, members, colours)}</div><div>{_along_kl(members, colours)}</div>"
-            for name, members in groups.items()
+        "differences": _per_group(
+            groups,
+            lambda members: (
+                f"<div>{_differences(page, members, colours)}</div><div>{_along_kl(members, colours)}</div>"
+            ),
         ),
-        "along": _per_group(groups, lambda members: _along(members, colours)),
-        "cost": _per_group(groups, lambda members: _cost(members, colours)),
+        "along": _per_group(groups, lambda members: _along(members, colours), kind="small"),
+        "cost": _per_group(groups, lambda members: f"<div>{_cost(members, colours)}</div>"),
         "key": key,
     }
-    return Part("align", fields, _samples(groups, methods))
+    return Part("align", fields, _samples(page, groups, methods))
 
 
-def _per_group(groups: dict[str, dict[str, list[Row]]], draw: Callable[[dict[str, list[Row]]], str]) -> str:
-    return "".join(f"<div><h3>{text(name)}</h3>{draw(members)}</div>" for name, members in groups.items())
+def _per_group(
+    groups: dict[str, dict[str, list[Row]]], draw: Callable[[dict[str, list[Row]]], str], kind: str = "charts"
+) -> str:
+    """Drawings under each group's name; `draw` gives them as one <div> each."""
+    return "".join(
+        f'<h3>{text(name)}</h3><div class="{kind}">{draw(members)}</div>' for name, members in groups.items()
+    )
 
 
 def _score(lines: Sequence[Row]) -> str:
@@ -75,7 +85,13 @@ def _frontier(members: dict[str, list[Row]], colours: dict[str, int]) -> str:
                 Spot(x, y - first, limits, f"{method}, step {step}: KL {x:.2f}, {name} {y - first:+.3f}{said}")
             )
         drawn.append(Line(method, colours[method], spots))
-    return curves(drawn, "KL from the reference, nats", f"{name} gained")
+    titles = "KL from the reference, nats", f"{name} gained"
+    reached = max((s.x for line in drawn if line.colour == 0 for s in line.spots), default=0.0)
+    near = [replace(line, spots=[s for s in line.spots if s.x <= reached]) for line in drawn]
+    whole = curves(drawn, *titles)
+    if max((s.x for line in drawn for s in line.spots), default=0.0) < FAR * reached or len(drawn[0].spots) <= FEW:
+        return f"<div>{whole}</div>"
+    return f'<div>{whole}</div><div><p class="none">As far as DPO went:</p>{curves(near, *titles)}</div>'
 
 
 def _differences(page: Page, members: dict[str, list[Row]], colours: dict[str, int]) -> str:
@@ -123,7 +139,7 @@ def _along(members: dict[str, list[Row]], colours: dict[str, int]) -> str:
         moved = {s.y for line in drawn for s in line.spots}
         if len(moved) > 1 and max(len(line.spots) for line in drawn) > 2:
             panels.append(f"<div>{curves(drawn, 'step', title, small=True)}</div>")
-    return f'<div class="small">{"".join(panels)}</div>'
+    return "".join(panels)
 
 
 def _cost(members: dict[str, list[Row]], colours: dict[str, int]) -> str:
@@ -148,9 +164,10 @@ def _cost(members: dict[str, list[Row]], colours: dict[str, int]) -> str:
     return "".join(out)
 
 
-def _samples(groups: dict[str, dict[str, list[Row]]], methods: Sequence[str]) -> Row:
-    """Per group the prompts with the reference's answer, and per method its own, of the first seed."""
+def _samples(page: Page, groups: dict[str, dict[str, list[Row]]], methods: Sequence[str]) -> Row:
+    """Per group the prompts with the reference's answer, and per method its own, of the first seed; and whom to show first."""
     out = []
+    gaps = {(r["group"], r["method"]): r["ratios"].get(page.main) for r in page.groups}
     for name, members in groups.items():
         first = {m: min(lines, key=lambda line: line["seed"])["raw"]["samples"] for m, lines in members.items()}
         some = next(iter(first.values()))
@@ -159,5 +176,7 @@ def _samples(groups: dict[str, dict[str, list[Row]]], methods: Sequence[str]) ->
         after = {
             m: [{"text": s["after"], "reward": (s["reward"] or [None])[-1]} for s in rows] for m, rows in first.items()
         }
-        out.append({"name": name, "note": note, "before": before, "after": after})
+        others = [m for m in members if m != BASELINE] or list(members)
+        shown = max(others, key=lambda m: -math.inf if (gap := gaps.get((name, m))) is None else gap)
+        out.append({"name": name, "note": note, "shown": shown, "before": before, "after": after})
     return {"methods": list(methods), "baseline": BASELINE, "groups": out}

@@ -29,7 +29,7 @@ from locum.method import names
 from locum.models import LM, load
 from locum.models.sampling import sample_responses
 from locum.tasks import sentiment
-from locum.tokens.logprobs import divergence, over_tiles, tile_entropy
+from locum.tokens.tiles import divergence, over_tiles, tile_entropy
 
 __all__ = ["AlignRunner", "Prepared"]
 

@@ -25,7 +25,7 @@ from locum.bench.store import Row
 from locum.method import names
 from locum.models.scoring import Reduce
 from locum.tasks.token_mdp import Pairs, TableMDP, tied
-from locum.tokens.logprobs import Scores
+from locum.tokens.tiles import Scores
 
 __all__ = ["PAIRS", "RECIPES", "Setup", "World", "run_table"]
 
@@ -99,10 +99,15 @@ class World:
         table = zip(self.pairs.prompt.tolist(), self.pairs.chosen.tolist(), self.pairs.rejected.tolist(), strict=True)
         return [{"prompt_ids": [x], "chosen_ids": w, "rejected_ids": other} for x, w, other in table]
 
-    def rewards(self, examples: Sequence[Example], table: Table | None = None) -> Tensor:
-        """The total reward of each example's response, or of what another table of rewards says."""
+    def rewards(self, y: Tensor, prompt: Tensor) -> Tensor:
+        """The total reward of responses."""
+        return self.mdp.along(self.mdp.reward, prompt, y).sum(-1)
+
+    def label(self, examples: Sequence[Example]) -> list[float]:
+        """The total reward of each example's response."""
         prompt, y = (torch.tensor([e[name] for e in examples]) for name in ("prompt_ids", "response_ids"))
-        return self.mdp.along(self.mdp.reward if table is None else table, prompt[:, 0], y).sum(-1)
+        found: list[float] = self.rewards(y, prompt[:, 0]).tolist()
+        return found
 
     def column(self, signal: TokenSignal) -> dict[str, Tensor]:
         """A signal's values as the column that `fit` takes."""
@@ -217,7 +222,8 @@ def _selm(world: World) -> Setup:
 
     def label(examples: Sequence[Example]) -> list[float]:
         noise = -torch.empty(len(examples), dtype=torch.float64).exponential_(generator=g).log()
-        return (world.rewards(examples) + noise).tolist()  # the best of two is then as likely as in the pairs
+        scores = torch.tensor(world.label(examples), dtype=torch.float64)
+        return (scores + noise).tolist()  # the better of two wins as often as in the pairs
 
     def batch_of(step: int, logits: Tensor) -> PairBatch:
         index = step // every
@@ -237,9 +243,7 @@ def _selm(world: World) -> Setup:
 
 def _rto(world: World) -> Setup:
     mdp, g = world.mdp, torch.Generator().manual_seed(world.seed)
-    scores = mdp.fit_reward(world.pairs)
-    prompt = torch.arange(mdp.prompts).repeat(250)
-    seen = mdp.along(scores, prompt, mdp.sample(mdp.ref_logits, prompt, g)).sum(-1)
+    seen = world.rewards(mdp.sample(mdp.ref_logits, prompt := torch.arange(mdp.prompts).repeat(250), g), prompt)
     method: Any = world.make("rto", reward_mean=float(seen.mean()), reward_std=float(seen.std()))
     critic, frozen = TableCritic(mdp.prompts, mdp.length, mdp.vocab), {"dpo": world.scorer(DPO(world.beta))}
     prompts: list[Example] = [{"prompt_ids": [i % mdp.prompts]} for i in range(world.batch_size)]
@@ -247,13 +251,15 @@ def _rto(world: World) -> Setup:
 
     def batch_of(step: int, logits: Tensor) -> PairBatch:
         if step % EPOCHS == 0:
-            labeller = lambda examples: world.rewards(examples, scores).tolist()  # noqa: E731
-            round = table_round(mdp, logits, g, labeller, index=step // EPOCHS, frozen=frozen, signal=critic)
+            round = table_round(mdp, logits, g, world.label, index=step // EPOCHS, frozen=frozen, signal=critic)
             examples = method.collect(replace(round, batch_size=len(prompts)), prompts)
             current[:] = [collate(examples, method.blocks, (*method.columns, LOGP_REF))]
         return current[0]
 
-    note = f"it samples its own responses, one batch for {EPOCHS} steps, with DPO's token rewards and a reward fitted to the pairs"
+    note = (
+        f"it samples its own responses, one batch for {EPOCHS} steps, and has each scored by the true reward beside DPO's token "
+        "rewards: more samples and labels"
+    )
     return Setup(method, note, frozen=frozen, signal=critic, batch_of=batch_of)
 
 

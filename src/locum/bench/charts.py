@@ -71,15 +71,16 @@ class _Plane:
         width: int = WIDTH,
         height: int = HEIGHT,
         right: int = RIGHT,
+        left: int = LEFT,
         room: float = 0.05,
     ) -> None:
         self.xs, self.ys = _ticks(min(xs), max(xs), room), _ticks(min(ys), max(ys), room)
-        self.width, self.height, self.right, self.floor = width, height, width - right, height - BOTTOM
+        self.width, self.height, self.left, self.right, self.floor = width, height, left, width - right, height - BOTTOM
 
     def at(self, x: float, y: float) -> tuple[float, float]:
-        across = (x - self.xs[0]) / (self.xs[-1] - self.xs[0]) * (self.right - LEFT)
+        across = (x - self.xs[0]) / (self.xs[-1] - self.xs[0]) * (self.right - self.left)
         up = (y - self.ys[0]) / (self.ys[-1] - self.ys[0]) * (self.floor - TOP)
-        return LEFT + across, self.floor - up
+        return self.left + across, self.floor - up
 
     def frame(self, x_title: str, y_title: str) -> list[str]:
         """The opening of the SVG, the grid and the titles."""
@@ -91,9 +92,9 @@ class _Plane:
             parts.append(f'<text class="tick" x="{x:.1f}" y="{self.floor + 16}" text-anchor="middle">{t:g}</text>')
         for t in self.ys:
             _, y = self.at(self.xs[0], t)
-            parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{self.right}"/>')
-            parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{t:g}</text>')
-        middle, below = (LEFT + self.right) / 2, self.height - 8
+            parts.append(f'<path class="grid" d="M{self.left} {y:.1f}H{self.right}"/>')
+            parts.append(f'<text class="tick" x="{self.left - 6}" y="{y + 4:.1f}" text-anchor="end">{t:g}</text>')
+        middle, below = (self.left + self.right) / 2, self.height - 8
         parts.append(f'<text class="axis" x="{middle}" y="{below}" text-anchor="middle">{_text(x_title)}</text>')
         turned = f"translate(12 {(TOP + self.floor) / 2}) rotate(-90)"
         parts.append(f'<text class="axis" transform="{turned}" text-anchor="middle">{_text(y_title)}</text>')
@@ -138,7 +139,7 @@ def frontier(points: Sequence[Point], x_title: str, y_title: str, ideal: str = "
     return "".join([*parts, "</svg>"])
 
 
-FEW = 8  # points of a curve whose intervals are drawn one by one; of more, as a band
+FEW = 8  # points of curves whose intervals are drawn one by one; of more, as a band
 
 
 def curves(lines: Sequence[Line], x_title: str, y_title: str, *, small: bool = False, zero: bool = False) -> str:
@@ -152,16 +153,17 @@ def curves(lines: Sequence[Line], x_title: str, y_title: str, *, small: bool = F
     spots = [s for line in lines for s in line.spots]
     ys = [y for s in spots for y in (s.y, *(s.limits or ()))] + ([0.0] if zero else [])
     sizes = (400, 270, 14) if small else (WIDTH, HEIGHT, RIGHT - 40)
-    plane = _Plane([s.x for s in spots], ys, *sizes, room=0.01)
+    plane = _Plane([s.x for s in spots], ys, *sizes, left=LEFT + 12, room=0.0)
+    few = max(len(line.spots) for line in lines) <= FEW
     parts = plane.frame(x_title, y_title)
     if zero:
         parts.append(f'<path class="zero" d="M{plane.path([(plane.xs[0], 0.0), (plane.xs[-1], 0.0)])}"/>')
     for line in lines:
         known = [(s, s.limits) for s in line.spots if s.limits]
-        if len(line.spots) > FEW and known:
+        if known and not few:
             edge = [(s.x, high) for s, (_, high) in known] + [(s.x, low) for s, (low, _) in reversed(known)]
             parts.append(f'<path class="band c{line.colour}" d="M{plane.path(edge)}Z"/>')
-        for s, (low, high) in known if len(line.spots) <= FEW else ():
+        for s, (low, high) in known if few else ():
             parts.append(f'<path class="limits c{line.colour}" d="M{plane.path([(s.x, low), (s.x, high)])}"/>')
     for line in lines:
         parts.append(f'<path class="line c{line.colour}" d="M{plane.path([(s.x, s.y) for s in line.spots])}"/>')
@@ -169,7 +171,7 @@ def curves(lines: Sequence[Line], x_title: str, y_title: str, *, small: bool = F
         ends = sorted(((f"c{li.colour}", li.name, li.spots[-1]) for li in lines), key=lambda e: -e[2].y)
         parts += plane.labels([(name, colour, s.x, s.y) for colour, name, s in ends])
     for line in lines:
-        kind = f"c{line.colour}" if len(line.spots) <= FEW else "spot"  # of many only where one points at them
+        kind = f"c{line.colour}" if few else "spot"  # of many only where one points at them
         for s in line.spots:
             x, y = plane.at(s.x, s.y)
             hint = f"<title>{_text(s.hint)}</title>" if s.hint else ""
@@ -183,7 +185,7 @@ def differences(rows: Sequence[Difference], title: str) -> str:
         return '<p class="none">Nothing to compare yet.</p>'
     values = [v for r in rows for v in (0.0, r.value, *(r.limits or ()))]
     ticks = _ticks(min(values), max(values), 0.01)
-    left, right, floor = 120, WIDTH - 200, 14 + 30 * len(rows)
+    left, right, floor = 144, WIDTH - 206, 14 + 30 * len(rows)
 
     def at(x: float) -> float:
         return left + (x - ticks[0]) / (ticks[-1] - ticks[0]) * (right - left)
@@ -246,7 +248,8 @@ def _ticks(low: float, high: float, room: float = 0.05) -> list[float]:
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough)
     edge = 0.0 if low == 0 else room * span
-    first, last = math.floor((low - edge) / step), math.ceil((high + room * span) / step)
+    first, last = math.floor((low - edge) / step + 1e-9), math.ceil((high + room * span) / step - 1e-9)
+    last += first == last
     return [round(i * step, 10) for i in range(first, last + 1)]
 
 

@@ -231,9 +231,9 @@ def _measure(task: Task, store: Store, where: Engine) -> bool:
     missing = [u for u in units if u.key not in done]
     if done and missing:
         print(f"going on with {store.folder}: {len(done)} of {len(units)} done", file=sys.stderr)
-    whole = sum(map(task.weight, units))
-    share = {u.key: task.weight(u) * len(units) / whole for u in units}  # of the bar, in units
-    with Bar(f"compare {task.family}", len(units)) as bar:
+    whole = sum(map(task.weight, units)) or 1.0
+    share = {u.key: task.weight(u) * len(units) / whole for u in units}  # 1 each where all take as long
+    with Bar(f"compare {task.family}", len(units), percent=len(set(share.values())) > 1) as bar:
         bar.step("measured before", sum(share[key] for key in done if key in share))
         bar.say("loading")
         ended = bar.done

@@ -37,7 +37,7 @@ class Budget:
     lr: float
 
 
-BUDGETS = {TABLE: Budget(3, 400, 64, 0.02), SENTIMENT: Budget(1, 48, 8, 5e-4), DATA: Budget(1, 48, 8, 5e-4)}
+BUDGETS = {TABLE: Budget(3, 400, 64, 0.02), SENTIMENT: Budget(1, 48, 8, 3e-4), DATA: Budget(1, 48, 8, 3e-4)}
 
 
 def align_methods() -> list[str]:
@@ -61,7 +61,7 @@ class AlignTask(Task):
         seeds: trainings of each method, >= 1; when left out, 3 on token-mdp and 1 of a language model.
         steps: steps of each training, >= 1; when left out, 400 and 48.
         batch_size: pairs per step, >= 1; when left out, 64 and 8.
-        lr: learning rate, > 0; when left out, 0.02 and 5e-4.
+        lr: learning rate, > 0; when left out, 0.02 and 3e-4.
         beta: pull towards the reference, > 0; of every method that has one.
         lora_rank: rank of the trained adapter of a language model, >= 1.
         checkpoints: how often a language model is measured along its training, >= 1.
@@ -181,8 +181,8 @@ class AlignTask(Task):
     @property
     def columns(self) -> tuple[str, ...]:
         score = () if self.groups == (DATA,) else ("reward",)
-        seconds = ("seconds", "preparation_seconds", "peak_memory_mb")
-        return *score, "kl", "vs_dpo", "accuracy", "entropy", "tokens_per_second", *seconds
+        memory = ("peak_memory_mb",) if self.groups != (TABLE,) else ()
+        return *score, "kl", "vs_dpo", "accuracy", "tokens_per_second", "seconds", "time_vs_dpo", *memory
 
     @property
     def cores(self) -> int:

@@ -5,7 +5,7 @@ import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 __all__ = ["Bar"]
 
@@ -13,21 +13,21 @@ _EVERY = 5.0  # seconds between two plain lines
 
 
 class Bar:
-    """Progress of `total` steps of work.
+    """Progress of `total` steps of work; `percent` says how much of it instead of how many, where steps are unlike.
 
     with Bar("compare decode", total=99) as bar:
         bar.step("lookup on code 2")
     """
 
-    def __init__(self, title: str, total: float) -> None:
-        self.title, self.total, self.done = title, total, 0.0
+    def __init__(self, title: str, total: float, percent: bool = False) -> None:
+        self.title, self.total, self.percent, self.done = title, total, percent, 0.0
         self._began = self._said = time.monotonic()
         self._progress: Progress | None = None
         if sys.stderr.isatty():
             self._progress = Progress(
                 TextColumn("{task.description:<36.36}", markup=False),
                 BarColumn(bar_width=24),
-                MofNCompleteColumn(),
+                TaskProgressColumn() if percent else MofNCompleteColumn(),
                 TimeRemainingColumn(),
                 console=Console(stderr=True),
                 transient=True,
@@ -52,10 +52,10 @@ class Bar:
         now = time.monotonic()
         if now - self._said >= _EVERY or self.done >= self.total:
             self._said = now
+            so_far = f"{self.done / self.total:.0%}" if self.percent else f"{self.done:.0f}/{self.total:.0f}"
             left = (now - self._began) / self.done * (self.total - self.done) if self.done > 0 else None
             print(
-                f"{self.title}: {self.done:.0f}/{self.total:.0f} {text}"
-                + (f", about {left:.0f} s left" if left is not None else ""),
+                f"{self.title}: {so_far} {text}" + (f", about {left:.0f} s left" if left is not None else ""),
                 file=sys.stderr,
                 flush=True,
             )

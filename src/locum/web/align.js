@@ -16,8 +16,7 @@ for (const group of data.groups) {
   const methods = data.methods.filter(m => group.after[m]);
   const block = make("div"), heads = make("div", "", "heads"), list = make("div");
   heads.append(make("span", "the reference"));
-  const others = methods.filter(m => m !== data.baseline);
-  const picks = [methods.includes(data.baseline) ? data.baseline : methods[0], others[0] || methods[0]].map(chosen => {
+  const picks = [methods.includes(data.baseline) ? data.baseline : methods[0], group.shown].map(chosen => {
     const pick = make("select");
     pick.setAttribute("aria-label", "method");
     methods.forEach(m => pick.append(new Option(m, m)));
