@@ -15,7 +15,7 @@ from locum.paper import FAMILIES, ROOT, Paper, catalogue
 
 HEAD = "| paper | expensive | stands in | check | state |"
 README = Path(__file__).parent.parent / "README.md"
-COMPARED = README.parent / "benchmarks" / "results" / "compare_decode.txt"  # what `locum compare decode` last printed
+RESULTS = README.parent / "benchmarks" / "results"  # compare_<family>.txt: what `locum compare <family>` last printed
 
 
 def row(paper: Paper) -> str:
@@ -44,13 +44,16 @@ def output(command: str) -> str:
     return "\n".join(line.rstrip() for line in said.getvalue().rstrip().splitlines())
 
 
+def _compared(family: str) -> str:
+    return (RESULTS / f"compare_{family}.txt").read_text("utf-8")
+
+
 def updated(text: str) -> str:
     """The README with its generated parts made anew."""
     between = r"(<!-- papers -->\n).*?(<!-- /papers -->)"
     text = re.sub(between, lambda m: f"{m[1]}{table()}\n{m[2]}", text, flags=re.DOTALL)
-    between = r"(<!-- compare -->\n).*?(<!-- /compare -->)"
-    compared = COMPARED.read_text("utf-8")
-    text = re.sub(between, lambda m: f"{m[1]}```console\n{compared}```\n{m[2]}", text, flags=re.DOTALL)
+    between = r"(<!-- compare (\w+) -->\n).*?(<!-- /compare -->)"
+    text = re.sub(between, lambda m: f"{m[1]}```console\n{_compared(m[2])}```\n{m[3]}", text, flags=re.DOTALL)
     shown = r"^(```console\n\$ (locum [^\n]*)\n).*?^```$"
     return re.sub(shown, lambda m: f"{m[1]}{output(m[2])}\n```", text, flags=re.DOTALL | re.MULTILINE)
 

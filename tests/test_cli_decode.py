@@ -144,9 +144,9 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(capsys, model_folders, files,
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (["compare"], "say which family to compare: decode"),
+        (["compare"], "say which family to compare: "),
         (["compare", "decod"], "unknown family 'decod': did you mean 'decode'?"),
-        (["compare", "align"], "nothing of the family align can be compared yet"),
+        (["compare", "reinforce"], "nothing of the family reinforce can be compared yet"),
         (["compare", "decode", "--methods", "plain,lokup"], "unknown method of decode 'lokup': did you mean 'lookup'?"),
         (["compare", "decode", "--prompts", "{files}/missing.txt"], "missing.txt"),
         (["compare", "decode", "--prompts", "{files}/empty.txt"], "empty.txt"),
@@ -157,7 +157,7 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(capsys, model_folders, files,
         (["compare", "decode", "--engine", "rai"], "'rai'"),
         (["verify"], "say which claims"),
         (["verify", "spectre"], "unknown paper 'spectre': did you mean 'spectr'?"),
-        (["verify", "tdpo"], "tdpo has no claim that runs yet"),
+        (["verify", "d3s"], "d3s has no claim that runs yet"),
     ],
 )
 def test_mistakes_of_compare_and_verify(capsys, files, args, said):

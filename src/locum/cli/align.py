@@ -1,16 +1,15 @@
 """``locum align``: the flags are the general ones below and the fields of the chosen method."""
 
-import dataclasses
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from locum.cli.command import Command, console, emit, quiet_stdout, read, table
-from locum.cli.flags import chosen_method, flags_of, method_name
-from locum.errors import UserError, unknown
-from locum.method import from_yaml, names, require
+from locum.cli.command import Command, console, emit, quiet_stdout, table
+from locum.cli.flags import chosen_method, method_name, read_method
+from locum.errors import UserError
+from locum.method import names, require
 
 __all__ = ["Align"]
 
@@ -150,23 +149,9 @@ class Align(Command):
 
     @classmethod
     def read(cls, args: Sequence[str]) -> "Align":
-        args = list(args)
-        chosen = chosen_method(args) or DEFAULT
-        if chosen.endswith((".yaml", ".yml")):
-            return cls(read(Options, cls.name, args), from_yaml(_text(Path(chosen))))
         known = names("align", "Method")
-        if chosen.lower() not in known:
-            raise unknown("method of align", chosen, known)
-        make, build = flags_of(known[chosen.lower()], taken={f.name for f in dataclasses.fields(Options)})
-
-        def both(general: Options, method: make) -> tuple[Options, Any]:  # type: ignore[valid-type]
-            return general, method
-
-        both.__doc__ = (
-            f"Train a model on preference pairs with one method, here {chosen} (of {', '.join(sorted(known))})."
-        )
-        options, fields = read(both, cls.name, args)
-        return cls(options, build(fields))
+        chosen = chosen_method(args) or DEFAULT
+        return cls(*read_method(Options, cls.name, args, chosen, list(known), "Train a model on preference pairs"))
 
     def run(self) -> int:
         o = self.options
@@ -214,10 +199,3 @@ def _calm() -> None:
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     logging.getLogger("locum.align").setLevel(logging.INFO)
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text("utf-8")
-    except OSError as error:
-        raise UserError(f"method file {path} cannot be read: {error.strerror}") from None

@@ -1,6 +1,5 @@
 """``locum decode``: the flags are the general ones below and the fields of the chosen method."""
 
-import dataclasses
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,10 +8,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from tyro import conf
 
-from locum.cli.command import Command, emit, quiet_stdout, read
-from locum.cli.flags import chosen_method, flags_of, method_name
-from locum.errors import MissingExtra, UserError, unknown
-from locum.method import from_yaml, names, require
+from locum.cli.command import Command, emit, quiet_stdout
+from locum.cli.flags import chosen_method, method_name, read_method, text_file
+from locum.errors import MissingExtra, UserError
+from locum.method import names, require
 
 if TYPE_CHECKING:
     from locum.decode.constraints import Constraint
@@ -109,21 +108,7 @@ class Decode(Command):
 
     @classmethod
     def read(cls, args: Sequence[str]) -> "Decode":
-        args = list(args)
-        chosen = _chosen(args)
-        if chosen.endswith((".yaml", ".yml")):
-            return cls(read(Options, cls.name, args), from_yaml(_text(Path(chosen), "method file")))
-        known = names("decode")
-        if chosen.lower() not in methods():
-            raise unknown("method of decode", chosen, methods())
-        make, build = flags_of(known[chosen.lower()], taken={f.name for f in dataclasses.fields(Options)})
-
-        def both(general: Options, method: make) -> tuple[Options, Any]:  # type: ignore[valid-type]
-            return general, method
-
-        both.__doc__ = f"Continue a text with one method, here {chosen} (of {', '.join(methods())})."
-        options, fields = read(both, cls.name, args)
-        return cls(options, build(fields))
+        return cls(*read_method(Options, cls.name, args, _chosen(args), methods(), "Continue a text"))
 
     def run(self) -> int:
         o, name = self.options, method_name(self.method)
@@ -168,8 +153,8 @@ class Decode(Command):
         if o.regex is not None:
             return constraints.Regex(o.regex)
         if o.json_schema is not None:
-            return constraints.JsonSchema(_text(o.json_schema, "JSON schema"))
-        return constraints.Grammar(_text(o.grammar or Path(), "grammar"))
+            return constraints.JsonSchema(text_file(o.json_schema, "JSON schema"))
+        return constraints.Grammar(text_file(o.grammar or Path(), "grammar"))
 
     def _ids(self, model: "LM", prompt: str) -> list[int]:
         return model.encode(prompt) if self.options.raw else model.chat(prompt)
@@ -237,16 +222,7 @@ def _write(text: str) -> None:
     print(text, end="", flush=True)
 
 
-def _text(path: Path, what: str) -> str:
-    try:
-        return path.read_text("utf-8")
-    except UnicodeDecodeError:
-        raise UserError(f"{what} {path} is not UTF-8") from None
-    except OSError as error:
-        raise UserError(f"{what} {path} cannot be read: {error.strerror}") from None
-
-
-def _chosen(args: list[str]) -> str:
+def _chosen(args: Sequence[str]) -> str:
     """The method that the arguments name, or the one that serves them."""
     constrained = any(a.split("=")[0] in ("--regex", "--json-schema", "--grammar") for a in args)
     return chosen_method(args) or (CONSTRAINED if constrained else DEFAULT)

@@ -4,11 +4,14 @@ import dataclasses
 import re
 import typing
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
-from locum.method import names
+from locum.cli.command import read
+from locum.errors import UserError, unknown
+from locum.method import from_yaml, names
 
-__all__ = ["chosen_method", "flags_of", "method_name"]
+__all__ = ["chosen_method", "flags_of", "method_name", "read_method", "text_file"]
 
 
 def flags_of(cls: type, taken: set[str]) -> tuple[type, Callable[[Any], Any]]:
@@ -69,3 +72,43 @@ def chosen_method(args: Sequence[str]) -> str | None:
         if arg.startswith("--method="):
             return arg.removeprefix("--method=")
     return None
+
+
+def read_method(
+    options: type, command: str, args: Sequence[str], chosen: str, known: Sequence[str], does: str
+) -> tuple[Any, Any]:
+    """A command's general options and its method, from flags: those of the options, and of the chosen method's fields.
+
+    Args:
+        options: the dataclass of the general ones.
+        chosen: a method's name, or a .yaml file that holds one.
+        known: the names that the command takes.
+        does: what the command does, for its help: "Continue a text".
+
+    Raises: UserError for an unknown name or a file that holds no method of these.
+    """
+    if chosen.endswith((".yaml", ".yml")):
+        return read(options, command, args), from_yaml(text_file(Path(chosen), "method file"))
+    if chosen.lower() not in known:
+        raise unknown(f"method of {command}", chosen, known)
+    make, build = flags_of(names(command)[chosen.lower()], taken={f.name for f in dataclasses.fields(options)})
+
+    def both(general: options, method: make) -> tuple[Any, Any]:  # type: ignore[valid-type]
+        return general, method
+
+    both.__doc__ = f"{does} with one method, here {chosen} (of {', '.join(sorted(known))})."
+    general, fields = read(both, command, args)
+    return general, build(fields)
+
+
+def text_file(path: Path, what: str) -> str:
+    """The text of a file that the user named.
+
+    Raises: UserError when it cannot be read.
+    """
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"{what} {path} is not UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{what} {path} cannot be read: {error.strerror}") from None
