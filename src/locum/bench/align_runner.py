@@ -17,25 +17,21 @@ from transformers import PrinterCallback, TrainerCallback
 from locum.align import DPO
 from locum.align.base import Example, Method, PairBatch
 from locum.align.data import encode, read_pairs
-from locum.align.statistics import BASE, LOGP_REF, ModelScorer, collate, token_log_probs
+from locum.align.statistics import BASE, LOGP_REF, ModelScorer
 from locum.align.trainer import Trainer, align_arguments
 from locum.bench.align_measures import BASELINE
-from locum.bench.align_table import World, run_table
-from locum.bench.compare_align import SENTIMENT, TABLE, AlignTask
+from locum.bench.align_observer import BLOCKS, Observer
+from locum.bench.align_plan import SENTIMENT, TABLE, Plan
+from locum.bench.align_table import run_table
+from locum.bench.align_world import World
 from locum.bench.engines import Tell, Unit
 from locum.bench.machine import PeakMemory
 from locum.bench.store import Row
 from locum.method import names
-from locum.models import LM, load
-from locum.models.sampling import sample_responses
+from locum.models import load
 from locum.tasks import sentiment
-from locum.tokens.tiles import divergence, over_tiles, tile_entropy
 
 __all__ = ["AlignRunner", "Prepared"]
-
-SAMPLED = 16  # prompts sampled at a time
-SHOWN = 12  # samples kept for the report
-BLOCKS = ("chosen", "rejected")
 
 
 @dataclass(eq=False)
@@ -66,35 +62,34 @@ class AlignRunner:
 
     tell: Tell | None = None
 
-    def __init__(self, task: AlignTask) -> None:
-        self.task = task
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
         self.environment: dict[str, Any] = {"threads": torch.get_num_threads()}
-        if set(task.groups) == {TABLE}:
+        if plan.on_model is None:
             return
-        self.lm = load(task.model, dtype=task.dtype, device=task.device)
+        self.budget = plan.budgets[plan.on_model]
+        self.lm = load(plan.model, dtype=plan.dtype, device=plan.device)
         self.environment |= {"dtype": str(self.lm.dtype).removeprefix("torch."), "device": str(self.lm.device)}
-        if task.rows is None:
+        if plan.rows is None:
             train, held_out = (list(read_pairs(path)) for path in sentiment.files())
-            held_out, prompts = held_out[: task.held_out], sentiment.prompts(held_out=True)[: task.held_out]
+            held_out = held_out[: plan.held_out]
+            prompts = [{"prompt": text} for text in sentiment.prompts(held_out=True)[: plan.held_out]]
         else:
-            train, held_out = task.rows
-            prompts = [row["prompt"] for row in held_out]
-        limit: dict[str, Any] = {"max_length": task.max_length, "overlong": "drop"}
-        self.pairs = encode(train, self.lm.tokenizer, **limit)
-        self.held_out = encode(held_out, self.lm.tokenizer, **limit)
-        asked = [{"prompt": prompt} for prompt in prompts]
-        self.prompts = encode(asked, self.lm.tokenizer, blocks=(), **limit)
+            train, held_out = plan.rows
+        limit: dict[str, Any] = {"max_length": plan.max_length, "overlong": "drop"}
+        self.pairs, seen = (encode(rows, self.lm.tokenizer, **limit) for rows in (train, held_out))
+        asked = seen if plan.rows else encode(prompts, self.lm.tokenizer, blocks=(), **limit)
+        self.observer = Observer(self.lm, asked, seen, plan.on_model == SENTIMENT, plan.new_tokens)
         self._started: dict[int, Row] = {}
-        self._held_out_reference: dict[str, list[torch.Tensor]] = {}
         self.pairs_with_reference = [dict(pair) for pair in self.pairs]
         self.reference_seconds = 0.0
         self.rewrites: tuple[list[dict[str, Any]], float] | None = None  # the pairs with T-REG's column, and its time
         self._guides: dict[int, tuple[dict[str, torch.Tensor], float]] = {}  # DPO's adapters, by seed, and their time
 
     def __call__(self, unit: Unit) -> Row:
-        budget = self.task.budget(unit.group)
+        budget = self.plan.budgets[unit.group]
         if unit.group == TABLE:
-            world = World.of(unit.seed, budget.steps, budget.batch_size, budget.lr, self.task.beta)
+            world = World.of(unit.seed, budget.steps, budget.batch_size, budget.lr, self.plan.beta)
             return run_table(unit.method, world)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # what transformers will rename is no news to the user
@@ -103,7 +98,7 @@ class AlignRunner:
     def make(self, name: str, **settings: Any) -> Method:
         """The method of a name, with the common beta where it has one."""
         cls = names("align")[name]
-        common = {"beta": self.task.beta} if "beta" in {f.name for f in fields(cls)} else {}
+        common = {"beta": self.plan.beta} if "beta" in {f.name for f in fields(cls)} else {}
         made: Method = cls(**common, **settings)
         return made
 
@@ -137,7 +132,7 @@ class AlignRunner:
             "preparation_seconds": ready - began + prepared.shared_seconds,
             "peak_memory_mb": memory.megabytes,
             "memory_how": memory.how,
-            "samples": self._samples(start, points[-1]),
+            "samples": self.observer.samples(start, points[-1]),
         }
 
     def _prepared(self, unit: Unit, model: Any) -> Prepared:
@@ -151,7 +146,7 @@ class AlignRunner:
 
     def _run(self, model: Any, prepared: Prepared, seed: int, *callbacks: TrainerCallback) -> None:
         """A training with the common budget; what is trained is the model's active adapter."""
-        budget = self.task.budget(self.task.groups[-1])
+        budget = self.budget
         with tempfile.TemporaryDirectory() as folder:
             args = align_arguments(
                 folder,
@@ -182,7 +177,7 @@ class AlignRunner:
         """The base with a fresh adapter, the same for every method."""
         from peft import LoraConfig, get_peft_model
 
-        rank = self.task.lora_rank
+        rank = self.plan.lora_rank
         config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -195,7 +190,7 @@ class AlignRunner:
         from peft import set_peft_model_state_dict
 
         if seed not in self._guides:  # its run is on the disk, its adapter is not
-            seconds = self.trained(seed, model, name, DPO(self.task.beta), self.pairs_with_reference)
+            seconds = self.trained(seed, model, name, DPO(self.plan.beta), self.pairs_with_reference)
             self._guides[seed] = _weights(model, name), seconds
             return 0.0
         weights, seconds = self._guides[seed]
@@ -216,114 +211,30 @@ class AlignRunner:
         model.set_adapter(active)
         return time.perf_counter() - began
 
-    # what is measured
-
     def _start(self, unit: Unit) -> Row:
         """The reference, before anything is trained; the same for all methods of a seed."""
         if unit.seed not in self._started:
             self.say(unit, 0.0, "measuring the reference")
-            if not self._held_out_reference:
-                self._score_reference()
-            self._started[unit.seed] = self.measure(self.lm.model, unit.seed, step=0)
+            if not self.reference_seconds:
+                self._score_pairs()
+            self._started[unit.seed] = self.observer.reference(unit.seed)
         return self._started[unit.seed]
 
-    def _score_reference(self) -> None:
-        """The reference's log-probabilities of all responses, made once: methods that need no more of it do not run it."""
-        for block in BLOCKS:
-            self._held_out_reference[block] = self._log_probs(self.lm.model, self.held_out, block)
+    def _score_pairs(self) -> None:
+        """The reference's log-probabilities of all pairs, made once: methods that need no more of it do not run it."""
         began = time.perf_counter()
         for block in BLOCKS:
-            values = self._log_probs(self.lm.model, self.pairs, block)
+            values = self.observer.log_probs(self.lm.model, self.pairs, block)
             for row, of_row in zip(self.pairs_with_reference, values, strict=True):
                 row[f"{block}_{LOGP_REF}"] = of_row.tolist()
         self.reference_seconds = time.perf_counter() - began
-
-    def measure(self, model: Any, seed: int, step: int) -> Row:
-        """Samples to the held-out prompts, and what they and the held-out pairs say of the policy."""
-        generator = torch.Generator().manual_seed(seed)  # the same random numbers at every checkpoint of every method
-        policy = LM(model, self.lm.tokenizer, self.lm.name)
-        drawn = sample_responses(
-            policy,
-            [e["prompt_ids"] for e in self.prompts],
-            max_new_tokens=self.task.new_tokens,
-            generator=generator,
-            batch_size=SAMPLED,
-        )
-        texts, ids = self._ends([r.ids for r in drawn])
-        examples = [{**e, "response_ids": y} for e, y in zip(self.prompts, ids, strict=True)]
-        kl, entropy = self._laws(model, examples, reference=step > 0)
-        rewards = sentiment.rewards(texts) if self.task.groups[-1] == SENTIMENT else None
-        right = self._right(model) if step > 0 else [0.5] * len(self.held_out)
-        return {
-            "step": step,
-            "reward": None if rewards is None else _mean(rewards),
-            "kl": _mean(kl),
-            "entropy": _mean(entropy),
-            "length": _mean([len(y) for y in ids]),
-            "accuracy": _mean(right),
-            "by_prompt": {"kl": kl, "score": right if rewards is None else rewards},
-            "texts": texts,
-            "rewards": rewards,
-        }
-
-    def _ends(self, drawn: list[list[int]]) -> tuple[list[str], list[list[int]]]:
-        """Responses as text and tokens; on sentiment up to the end of their first sentence."""
-        decode: Callable[[list[int]], str] = self.lm.decode
-        texts = [decode(ids) for ids in drawn]
-        if self.task.groups[-1] != SENTIMENT:
-            return texts, drawn
-        cut, kept = [], []
-        for text, ids in zip(texts, drawn, strict=True):
-            first = sentiment.sentence(text)
-            if first is None:
-                cut.append(text)
-                kept.append(ids)
-                continue
-            n = next(n for n in range(1, len(ids) + 1) if len(decode(ids[:n])) >= len(first))
-            cut.append(first)
-            kept.append(ids[:n])
-        return cut, kept
-
-    @torch.no_grad()
-    def _laws(self, model: Any, examples: Sequence[Example], reference: bool) -> tuple[list[float], list[float]]:
-        """KL(policy || reference) and the policy's entropy along each response: sums of what they are at each token."""
-        kl, entropy = [], []
-        for start in range(0, len(examples), SAMPLED):
-            batch = self.move(collate(examples[start : start + SAMPLED], ("response",)))
-            policy = ModelScorer(model)(batch)
-            (surprise,) = over_tiles(tile_entropy, [policy])
-            gap = torch.zeros_like(surprise)
-            if reference:
-                (gap,) = over_tiles(divergence, [policy, ModelScorer(model, BASE)(batch)])
-            kl += batch.spread(gap).sum(-1).tolist()
-            entropy += batch.spread(surprise).sum(-1).tolist()
-        return kl, entropy
-
-    def _right(self, model: Any) -> list[float]:
-        """For each held-out pair 1 where the chosen response has the larger log-ratio to the reference, 1/2 for a tie."""
-        margins = torch.zeros(len(self.held_out), dtype=torch.float64)
-        for block, sign in (("chosen", 1), ("rejected", -1)):
-            now = self._log_probs(model, self.held_out, block)
-            gaps = [float((a - b).sum()) for a, b in zip(now, self._held_out_reference[block], strict=True)]
-            margins += sign * torch.tensor(gaps, dtype=torch.float64)
-        return (0.5 + 0.5 * margins.sign()).tolist()
-
-    def _log_probs(self, model: Any, examples: Sequence[Example], block: str) -> list[torch.Tensor]:
-        return token_log_probs(ModelScorer(model), examples, block, move=self.move)
-
-    def _samples(self, start: Row, end: Row) -> list[Row]:
-        rewards = zip(start["rewards"], end["rewards"], strict=True) if start["rewards"] else iter(())
-        return [
-            {"prompt": e["prompt"], "before": a, "after": b, "reward": list(next(rewards, ()))}
-            for e, a, b in list(zip(self.prompts, start["texts"], end["texts"], strict=True))[:SHOWN]
-        ]
 
     def move(self, batch: PairBatch) -> PairBatch:
         return batch.to(self.lm.device)
 
     def _tokens(self, prepared: Prepared) -> float:
         """Tokens of prompts and responses that a training sees."""
-        budget, rows = self.task.budget(self.task.groups[-1]), prepared.examples
+        budget, rows = self.budget, prepared.examples
         each = [len(e["prompt_ids"]) + len(e[f"{block}_ids"]) for e in rows for block in prepared.method.blocks]
         return budget.steps * budget.batch_size * sum(each) / len(rows)
 
@@ -339,8 +250,8 @@ class _Watch(TrainerCallback):
         self.runner, self.unit, self.model = runner, unit, model
         self.points: list[Row] = []
         self.seconds = self._began = 0.0
-        self.steps = runner.task.budget(unit.group).steps
-        n = runner.task.checkpoints
+        self.steps = runner.budget.steps
+        n = runner.plan.checkpoints
         self.checkpoints = {round((i + 1) * self.steps / n) for i in range(n)} - {0}
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
@@ -353,11 +264,11 @@ class _Watch(TrainerCallback):
         step = state.global_step
         if step in self.checkpoints:
             self._tell(step, f"measuring at step {step} of {self.steps}")
-            self.points.append(self.runner.measure(self.model, self.unit.seed, step))
+            self.points.append(self.runner.observer.measure(self.model, self.unit.seed, step))
         self._tell(step, f"step {step} of {self.steps}")
 
     def _tell(self, step: int, what: str) -> None:
-        train, whole = self.runner.task.parts(self.unit.group)
+        train, whole = self.runner.plan.seconds(self.unit.group)
         share = train * step / self.steps + (whole - train) * len(self.points) / len(self.checkpoints)
         self.runner.say(self.unit, share / whole, what)
 
@@ -366,10 +277,6 @@ def _weights(model: Any, name: str = "default") -> dict[str, torch.Tensor]:
     from peft import get_peft_model_state_dict
 
     return {k: x.detach().clone() for k, x in get_peft_model_state_dict(model, adapter_name=name).items()}
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 def _sft(runner: AlignRunner, seed: int, model: Any) -> Prepared:
@@ -382,7 +289,7 @@ def _tgdpo(runner: AlignRunner, seed: int, model: Any) -> Prepared:
 
     seconds = runner.guide(seed, model)
     guide, ref = ModelScorer(model, "guide"), ModelScorer(model, BASE)
-    signal = GuideReward(guide, ref, runner.task.beta, move=runner.move)
+    signal = GuideReward(guide, ref, runner.plan.beta, move=runner.move)
     examples = signal.annotate(runner.pairs_with_reference)
     model.delete_adapter("guide")
     note = "its guide is DPO's run of the same seed"
@@ -420,7 +327,7 @@ def _cdpo(runner: AlignRunner, seed: int, model: Any) -> Prepared:
 def _aligndistil(runner: AlignRunner, seed: int, model: Any) -> Prepared:
     from locum.align.aligndistil import swapped
 
-    beta = runner.task.beta
+    beta = runner.plan.beta
     shared = runner.guide(seed, model, "dpo")
     runner.trained(seed, model, "reverse", DPO(beta), swapped(runner.pairs_with_reference))
     note = "its teachers are DPO's run of the same seed and an adapter trained on the pairs exchanged"

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import ClassVar, Literal
 
 from locum.bench.align_measures import BASELINE, MEASURES
+from locum.bench.align_plan import BUDGETS, DATA, SENTIMENT, TABLE, Budget, Plan
 from locum.bench.align_report import align_part
 from locum.bench.compare import Task
 from locum.bench.engines import Runner, Unit
@@ -18,26 +19,12 @@ from locum.bench.store import Row
 from locum.errors import UserError, unknown
 from locum.method import names, require
 
-__all__ = ["AlignTask", "Budget", "align_methods"]
+__all__ = ["AlignTask", "align_methods"]
 
-TABLE, SENTIMENT, DATA = "token-mdp", "sentiment", "data"
 ORDER = ("dpo", "sft", "tdpo1", "tdpo2", "tgdpo", "treg", "sparsepo", "cdpo", "aligndistil", "selm", "rto")
 TABLES_ONLY = ("selm", "rto", "onlinealigndistil")  # rounds of sampling and labelling: another budget than pairs
 SAME = ("onlinetgdpo", "simporeg")  # what is compared under another name, or has no reference to stay near to
-NEW_TOKENS = {SENTIMENT: 28, DATA: 64}
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What every method of a group has: trainings, steps, pairs per step, learning rate."""
-
-    seeds: int
-    steps: int
-    batch_size: int
-    lr: float
-
-
-BUDGETS = {TABLE: Budget(3, 400, 64, 0.02), SENTIMENT: Budget(1, 48, 8, 3e-4), DATA: Budget(1, 48, 8, 3e-4)}
+NEW_TOKENS = {TABLE: 0, SENTIMENT: 28, DATA: 64}  # a table's responses have one length
 
 
 def align_methods() -> list[str]:
@@ -237,20 +224,19 @@ class AlignTask(Task):
         ]
 
     def weight(self, unit: Unit) -> float:
-        return self.parts(unit.group)[1]
+        return self.plan.seconds(unit.group)[1]
 
-    def parts(self, group: str) -> tuple[float, float]:
-        """Seconds that a training takes on two cores, about, and with all that is measured along it."""
-        budget = self.budget(group)
-        if group == TABLE:
-            return 0.008 * budget.steps, 0.008 * budget.steps
-        train = 0.35 * budget.steps * budget.batch_size
-        return train, train + 0.5 * self.checkpoints * self.held_out
+    @property
+    def plan(self) -> Plan:
+        """What the runner needs to know."""
+        keys = ("beta", "model", "lora_rank", "checkpoints", "held_out", "max_length", "dtype", "device", "rows")
+        budgets = {group: self.budget(group) for group in self.groups}
+        return Plan(budgets=budgets, new_tokens=self.new_tokens, **{k: getattr(self, k) for k in keys})
 
     def open(self) -> Runner:
         from locum.bench.align_runner import AlignRunner  # brings torch
 
-        return AlignRunner(self)
+        return AlignRunner(self.plan)
 
     def part(self, page: Page) -> Part:
         return align_part(page)
