@@ -2,7 +2,7 @@
 
 A GRU learns running sums modulo 7 from solutions with systematic slips, so that its worst errors are likely tokens. Its own
 samples, checked, give the data to fine-tune a positive and a negative model and preference pairs. Policies then learn from
-the pairs for 150 steps, by DPO and by cDPO, at one rate for both and each at its own best of five rates (chosen on other
+the pairs for 150 steps, by DPO and by cDPO, at one rate for both and each at its own best of six rates (chosen on other
 problems). Reported beside it: cDPO with each response's scores permuted over its tokens, maximum likelihood on the chosen
 responses, what 64 rollouts per prefix say of a few rejected responses, and a variant with a long easy beginning, one
 critical digit near the end, and a fifth of the steps.
@@ -27,7 +27,7 @@ from locum.bench.verify import Claim, Judgement
 from locum.tasks.running_sums import END, RunningSums, Solver
 from locum.tokens.tiles import Scores, log_prob, over_tiles
 
-BETAS, RATE, RATES = (0.1, 1.0), 2e-3, (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)
+BETAS, RATE, RATES = (0.1, 1.0), 2e-3, (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)
 BATCH, TUNE_RATE = 64, 3e-3  # pairs per step; rate of the two fine-tunes
 NEED = 4  # of 5 seeds
 
