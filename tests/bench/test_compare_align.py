@@ -110,6 +110,9 @@ def test_the_headline_is_honest(tables):
     assert "so no interval" in said(("a", 0.3, None))
     assert said(("a", 0.3, [0.1, 0.5]), ("b", 0.2, [0.1, 0.3])).endswith("; so does b.")
     assert said().startswith("Nothing to say yet")
+    more = said(("rto", 0.9, [0.8, 1.0]), ("b", 0.2, [0.1, 0.3]))  # it was given more: it does not win
+    assert more.startswith("On token-mdp b beats DPO")
+    assert more.endswith("Not on the same budget, with samples of their own: rto +0.900.")
 
 
 @pytest.fixture(scope="module")

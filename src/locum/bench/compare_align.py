@@ -66,7 +66,8 @@ class AlignTask(Task):
     timed: ClassVar[bool] = False
     pooled: ClassVar[bool] = False
     note: ClassVar[str] = (
-        "Every method has the same pairs, steps, batches, learning rate, optimizer and start. Methods move away from the "
+        "Every method has the same pairs, steps, batches, learning rate, optimizer and start; selm, rto and onlinealigndistil "
+        "sample besides, and selm and rto have their samples labelled, so that they know more. Methods move away from the "
         "reference at different speeds, so the column against DPO compares at equal KL. Point at a column's head to see how it "
         "is computed, at a method's name to see its settings."
     )
@@ -248,9 +249,12 @@ class AlignTask(Task):
 
     def _verdict(self, group: str, rows: Sequence[Row]) -> str:
         score = "accuracy on held-out pairs" if group == DATA else "reward"
-        others = [r for r in rows if r["method"] != BASELINE and r["ratios"].get("vs_dpo") is not None]
+        known = [r for r in rows if r["method"] != BASELINE and r["ratios"].get("vs_dpo") is not None]
+        others = [r for r in known if r["method"] not in TABLES_ONLY]
+        beyond = [f"{r['method']} {r['ratios']['vs_dpo']:+.3f}" for r in known if r["method"] in TABLES_ONLY]
+        asides = f" Not on the same budget, with samples of their own: {', '.join(beyond)}." if beyond else ""
         if not others:
-            return ""
+            return asides.strip()
         sure = [r for r in others if (r["ratios"]["vs_dpo_interval"] or (0,))[0] > 0]
         best = max(sure or others, key=lambda r: r["ratios"]["vs_dpo"])
         value, limits = best["ratios"]["vs_dpo"], best["ratios"]["vs_dpo_interval"]
@@ -260,10 +264,10 @@ class AlignTask(Task):
         if sure:
             more = [r["method"] for r in sure if r is not best]
             shown += f"); so {'do' if len(more) > 1 else 'does'} {', '.join(more)}" if more else ")"
-            return f"On {group} {best['method']} beats DPO at equal KL: {score} {value:+.3f} ({shown}."
+            return f"On {group} {best['method']} beats DPO at equal KL: {score} {value:+.3f} ({shown}.{asides}"
         verb = "beats" if limits and limits[1] <= 0 else "surely beats"
         of = f", the best of {len(others)}," if len(others) > 1 else ""
-        return f"On {group} no method {verb} DPO at equal KL: {best['method']}{of} has {score} {value:+.3f} ({shown})."
+        return f"On {group} no method {verb} DPO at equal KL: {best['method']}{of} has {score} {value:+.3f} ({shown}).{asides}"
 
     def told(self, row: Row) -> str:
         return f"{row['method']} on {row['group']}, seed {row['seed']}"
