@@ -67,6 +67,13 @@ def test_a_method_as_a_value_reads_as_shown():
         eval(call, names)
 
 
+def test_what_the_alignment_example_imports_is_there():
+    code = README.split("## Which alignment method pays")[1].split("```python\n")[1].split("```")[0]
+    imports = [line for line in code.splitlines() if line.startswith(("from ", "import "))]
+    assert len(imports) == 2
+    exec(compile("\n".join(imports), "README.md", "exec"), {})
+
+
 class TestADrafterInOneFile:
     CODE = re.search(
         r"## Add a drafter in one file.*?```python\n(.*?)```",

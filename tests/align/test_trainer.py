@@ -275,7 +275,16 @@ def test_two_processes_are_one_with_the_same_global_batch(tmp_path):
         # --multi_gpu is accelerate's name for torch's own launcher; on a CPU its --cpu would want MPI.
         launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
         launch += ["--multi_gpu"] if processes > 1 else ["--cpu"]
-        launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+        launch += [
+            "--num_machines",
+            "1",
+            "--mixed_precision",
+            "no",
+            "--dynamo_backend",
+            "no",
+            "--main_process_port",
+            "0",
+        ]
         made = [*launch, str(script), str(Path(__file__).parent), str(tmp_path / f"p{processes}-"), str(size)]
         done = subprocess.run(made, capture_output=True, text=True, env=environment())
         lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]

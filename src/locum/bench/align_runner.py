@@ -17,6 +17,7 @@ from transformers import PrinterCallback, TrainerCallback
 from locum.align import DPO
 from locum.align.base import Example, Method, PairBatch
 from locum.align.data import encode, read_pairs
+from locum.align.run import LoRA
 from locum.align.statistics import BASE, LOGP_REF, ModelScorer
 from locum.align.trainer import Trainer, align_arguments
 from locum.bench.align_measures import BASELINE
@@ -175,13 +176,8 @@ class AlignRunner:
 
     def _adapted(self, seed: int) -> Any:
         """The base with a fresh adapter, the same for every method."""
-        from peft import LoraConfig, get_peft_model
-
         rank = self.plan.lora_rank
-        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            return get_peft_model(self.lm.model, config)
+        return LoRA(rank, 2.0 * rank).on(self.lm.model, seed)
 
     # what methods are given
 

@@ -1,6 +1,7 @@
 """Where and with what something was measured. It goes into every row: a time without its machine says nothing."""
 
 import contextlib
+import ctypes
 import functools
 import os
 import platform
@@ -79,6 +80,8 @@ class PeakMemory:
             self._before = torch.cuda.memory_allocated()
             self._peak, self.how = torch.cuda.max_memory_allocated, "CUDA allocator: peak less start"
             return self
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)  # give back what was freed, or the next to need it seems to need nothing
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, see man 5 proc
             self._before = _resident("VmHWM")
