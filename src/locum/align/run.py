@@ -25,11 +25,11 @@ from locum.align.data import encode, read_pairs
 from locum.align.driver import TextLabeller, run_rounds
 from locum.align.recipes import annotated, ingredients
 from locum.align.rounds import Online
-from locum.align.rows import PAIR
+from locum.align.rows import PAIR, Rows
 from locum.align.statistics import BASE, ModelScorer, Scorer
-from locum.align.trainer import Trainer, align_arguments
+from locum.align.trainer import METHOD_FILE, SIGNAL, Trainer, align_arguments
 from locum.errors import MissingExtra, UserError
-from locum.method import require, to_dict
+from locum.method import require, to_dict, to_yaml
 from locum.models import LM, load
 
 __all__ = ["Aligned", "LoRA", "align"]
@@ -133,73 +133,93 @@ def align(
     Raises: UserError for bad rows, models or settings, before any work is done; for a loss that is not finite in training.
     """
     began, out = time.perf_counter(), Path(out)
-    online = isinstance(method, Online)
-    if isinstance(method, Online) and method.needs_labeller and labeller is None:
-        raise UserError(f"{type(method).__name__} scores responses in rounds: give a labeller")
-    known = {"ref", *method.frozen, *ingredients(method)}
-    if unknown := set(models or {}) - known:
-        raise UserError(
-            f"{type(method).__name__} has no use for the model {min(unknown)!r}; it takes {', '.join(sorted(known))}"
-        )
-    reads = tuple(b for b in method.blocks if b in PAIR) or (PAIR if ingredients(method) else ())
-    rows = read_pairs(data, blocks=PAIR if ingredients(method) else reads)
-    held_out = read_pairs(eval_data, blocks=rows.blocks) if eval_data is not None else None
+    _refuse(method, set(models or {}), labeller)
+    blocks = PAIR if ingredients(method) else tuple(b for b in method.blocks if b in PAIR)
+    rows = read_pairs(data, blocks=blocks)
+    held_out = read_pairs(eval_data, blocks=blocks) if eval_data is not None else None
     if lora is None and dtype is None:  # steps of a full training are too small for bfloat16 weights
         dtype, settings = "float32", {"bf16": device != "cpu" and torch.cuda.is_available()} | settings
     args = align_arguments(out, **({"learning_rate": 1e-4} if lora else {}) | settings)
-    _begin(
-        out, resume, {"method": to_dict(method), "model": getattr(model, "name", model), "lora": lora and asdict(lora)}
-    )
+    if args.process_index == 0:
+        asked = {"method": to_dict(method), "model": getattr(model, "name", model), "lora": lora and asdict(lora)}
+        _begin(out, resume, asked)
 
     lm = load(model, dtype=dtype, device=device) if isinstance(model, str) else model
     columns = tuple(c for c in method.columns if all(f"{b}_{c}" in rows[0] for b in method.blocks))
-    examples, evaluated = (
-        encode(x, lm.tokenizer, max_length, overlong=overlong, blocks=rows.blocks, columns=columns)
-        if x is not None
-        else None
-        for x in (rows, held_out)
-    )
-    assert examples is not None
+
+    def encoded(some: Rows) -> list[dict[str, Any]]:
+        return encode(some, lm.tokenizer, max_length, overlong=overlong, blocks=blocks, columns=columns)
+
+    examples, evaluated = encoded(rows), encoded(held_out) if held_out is not None else None
     counts = {"examples": len(examples), "left_out": len(rows) - len(examples)}
-    policy = lora.on(lm.model, args.seed) if lora else lm.model
-    lm = LM(policy, lm.tokenizer, lm.name)
+    lm = LM(lora.on(lm.model, args.seed) if lora else lm.model, lm.tokenizer, lm.name)
     given: dict[str, Any] = {name: load(x, dtype=dtype, device=device).model for name, x in (models or {}).items()}
     for name, how in ingredients(method).items():
-        if name not in given and not (columns and name not in method.frozen):
+        if name not in given and (name in method.frozen or not columns):
             log.info("%s is trained from the pairs first", name)
             given[name] = train_beside(
-                policy, name, how.method, how.rows(examples), args, processing_class=lm.tokenizer
+                lm.model, name, how.method, how.rows(examples), args, processing_class=lm.tokenizer
             )
-    beside = {name: given[name] for name in method.frozen if name in given}
-    common: dict[str, Any] = {"models": beside, "processing_class": lm.tokenizer}
-    if online:
-        results = run_rounds(
-            method, policy, examples, labeller, rounds=rounds, args=args, max_new_tokens=max_new_tokens, **common
-        )
-        history = [row for result in results for row in result.history]
+    if isinstance(method, Online):
+        beside = {name: given[name] for name in method.frozen if name in given}
+        asks: dict[str, Any] = {"rounds": rounds, "max_new_tokens": max_new_tokens, "processing_class": lm.tokenizer}
+        results = run_rounds(method, lm.model, examples, labeller, args=args, models=beside, **asks)
+        trainer, history = None, [row for result in results for row in result.history]
         steps = sum(max((row.get("step", 0) for row in result.history), default=0) for result in results)
-        trainer = None
     else:
-        pad = lm.tokenizer.pad_token_id or 0
-        scorers = {"ref": _reference(policy, given), **{n: _scorer(policy, m) for n, m in given.items() if n != "ref"}}
-        examples = annotated(method, examples, lm, scorers, out / "columns", pad)
-        if evaluated is not None:
-            evaluated = annotated(method, evaluated, lm, scorers, out / "columns-eval", pad)
-        trainer = Trainer(
-            policy, method, args, examples, evaluated, precompute_reference=precompute_reference, **common
-        )
-        if trainer.pop_callback(ProgressCallback) is not None:
-            trainer.add_callback(_Progress)
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(out)) if resume and out.is_dir() else None)
-        if evaluated is not None:
-            trainer.evaluate()
+        trainer = _on_pairs(method, lm, examples, evaluated, given, args, precompute_reference, resume)
         history, steps = trainer.state.log_history, trainer.state.global_step
-    _save(policy, lm, out, trainer, merge and lora is not None)
-    figures = _last(history)
-    done = Aligned(out, figures, steps, time.perf_counter() - began, counts)
+    done = Aligned(out, _last(history), steps, time.perf_counter() - began, counts)
+    _save(lm, args, trainer, merge and lora is not None)
     if args.should_save:
-        _write(out / RESULT, {"figures": figures, "steps": steps, "seconds": done.seconds, "counts": counts})
+        (out / METHOD_FILE).write_text(to_yaml(method), "utf-8")
+        _write(out / RESULT, {k: v for k, v in asdict(done).items() if k != "folder"})
     return done
+
+
+def _refuse(method: Method, models: set[str], labeller: TextLabeller | None) -> None:
+    """Say what cannot go together before anything is read."""
+    name = type(method).__name__
+    if isinstance(method, Online) and method.needs_labeller and labeller is None:
+        raise UserError(f"{name} scores responses in rounds: give a labeller")
+    known = {"ref", *method.frozen, *ingredients(method)}
+    if unknown := models - known:
+        raise UserError(f"{name} has no use for the model {min(unknown)!r}; it takes {', '.join(sorted(known))}")
+
+
+def _on_pairs(
+    method: Method,
+    lm: LM,
+    examples: list[dict[str, Any]],
+    evaluated: list[dict[str, Any]] | None,
+    given: Mapping[str, Any],
+    args: Any,
+    precompute_reference: bool,
+    resume: bool,
+) -> Trainer:
+    """Train on given pairs, with the columns that the method needs; what it was measured on the held-out ones is logged."""
+    out, pad = Path(args.output_dir), lm.tokenizer.pad_token_id or 0
+    scorers = {name: _scorer(lm.model, model) for name, model in given.items()}
+    scorers.setdefault("ref", _scorer(lm.model, BASE) if hasattr(lm.model, "peft_config") else ModelScorer(lm.model))
+    examples = annotated(method, examples, lm, scorers, out / "columns", pad)
+    if evaluated is not None:
+        evaluated = annotated(method, evaluated, lm, scorers, out / "columns-eval", pad)
+    trainer = Trainer(
+        lm.model,
+        method,
+        args,
+        examples,
+        evaluated,
+        models={name: given[name] for name in method.frozen if name in given},
+        processing_class=lm.tokenizer,
+        precompute_reference=precompute_reference,
+    )
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(_Progress)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(out)) if resume else None)
+    if evaluated is not None:
+        trainer.evaluate()
+    return trainer
 
 
 def _begin(out: Path, resume: bool, asked: dict[str, Any]) -> None:
@@ -219,30 +239,23 @@ def _begin(out: Path, resume: bool, asked: dict[str, Any]) -> None:
     _write(path, asked)
 
 
-def _reference(policy: Any, given: Mapping[str, Any]) -> Scorer:
-    if "ref" in given:
-        return _scorer(policy, given["ref"])
-    return ModelScorer(policy, BASE) if hasattr(policy, "peft_config") else ModelScorer(policy)
-
-
 def _scorer(policy: Any, model: Any) -> Scorer:
     return ModelScorer(policy, model) if isinstance(model, str) else ModelScorer(model)
 
 
-def _save(policy: Any, lm: LM, out: Path, trainer: Trainer | None, merge: bool) -> None:
+def _save(lm: LM, args: Any, trainer: Trainer | None, merge: bool) -> None:
     """The policy alone: adapters of models beside it, and what the method learned beside it, are no part of it."""
+    policy = lm.model
     for name in list(getattr(policy, "peft_config", {})):
         if name != policy.active_adapter:
             policy.delete_adapter(name)
-    if trainer is not None and not merge:
-        trainer.save_model(str(out))
-        return
-    if trainer is not None and not trainer.args.should_save:
-        return
-    plain = policy.merge_and_unload() if merge else policy
-    weights = {k: x for k, x in plain.state_dict().items() if not k.startswith("locum_signal.")}
-    plain.save_pretrained(str(out), state_dict=weights)
-    lm.tokenizer.save_pretrained(str(out))
+    if trainer is not None and not merge:  # every process has its part of sharded weights
+        trainer.save_model(args.output_dir)
+    elif args.should_save:
+        policy = policy.merge_and_unload() if merge else policy
+        weights = {k: x for k, x in policy.state_dict().items() if not k.startswith(f"{SIGNAL}.")}
+        policy.save_pretrained(args.output_dir, state_dict=weights)
+        lm.tokenizer.save_pretrained(args.output_dir)
 
 
 class _Progress(ProgressCallback):
