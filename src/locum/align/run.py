@@ -201,9 +201,10 @@ def _on_pairs(
     out, pad = Path(args.output_dir), lm.tokenizer.pad_token_id or 0
     scorers = {name: _scorer(lm.model, model) for name, model in given.items()}
     scorers.setdefault("ref", _scorer(lm.model, BASE) if hasattr(lm.model, "peft_config") else ModelScorer(lm.model))
-    examples = annotated(method, examples, lm, scorers, out / "columns", pad)
-    if evaluated is not None:
-        evaluated = annotated(method, evaluated, lm, scorers, out / "columns-eval", pad)
+    with args.main_process_first(local=False, desc="columns"):  # the others read what the first has kept
+        examples = annotated(method, examples, lm, scorers, out / "columns", pad)
+        if evaluated is not None:
+            evaluated = annotated(method, evaluated, lm, scorers, out / "columns-eval", pad)
     trainer = Trainer(
         lm.model,
         method,

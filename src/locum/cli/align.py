@@ -1,6 +1,7 @@
 """``locum align``: the flags are the general ones below and the fields of the chosen method."""
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,6 +181,8 @@ class Align(Command):
                 device=o.device,
                 **o.training(),
             )
+        if os.environ.get("RANK", "0") != "0":  # of several processes, one tells
+            return 0
         if o.json:
             head = {"method": method_name(self.method), "model": o.model, "out": str(done.folder)}
             emit(head | {"steps": done.steps, "seconds": done.seconds, "counts": done.counts, "figures": done.figures})
