@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from locum.align import DPO, TDPO2, SparsePO
+from locum.align import DPO, TDPO2, TGDPO, SparsePO
 from locum.align.run import LoRA, align
 from locum.align.statistics import LOGP_REF
-from locum.align.trainer import BAD_BATCH, SIGNAL_FILE, Trainer, align_arguments
+from locum.align.trainer import BAD_BATCH, SIGNAL_FILE, Trainer, align_arguments, last_checkpoint
 from locum.errors import UserError
 from locum.models import tiny
 
@@ -78,10 +78,11 @@ def test_a_reference_scored_before_training_changes_nothing(tmp_path):
             DPO(),
             arguments(tmp_path / str(early), per_device_train_batch_size=4),
             examples(),
+            examples(4, seed=1),
             precompute_reference=early,
         )
         trainer.train()
-        runs.append(weights(trainer))
+        runs.append(weights(trainer) | {"eval_loss": torch.tensor(trainer.evaluate()["eval_loss"])})
         assert (f"chosen_{LOGP_REF}" in trainer.train_dataset[0]) == early
     same(*runs, 1e-5)
 
@@ -158,6 +159,30 @@ def test_a_loss_that_is_not_finite_stops_with_its_batch_saved(tmp_path):
 def test_models_that_do_not_fit_are_refused_before_training(models, said, tmp_path):
     with pytest.raises(UserError, match=said):
         Trainer(tiny(), DPO(), arguments(tmp_path), examples(), models=models)
+
+
+def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(tmp_path):
+    assert last_checkpoint(tmp_path / "none") is None
+    for step, state in ((2, "{}"), (10, '{"glob'), (12, None)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if state is not None:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+
+
+def test_rows_of_text_keep_the_columns_that_the_method_needs(model_folders, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(model_folders["target"])
+    row = {
+        "prompt": "a",
+        "chosen": "bc",
+        "rejected": "d",
+        "chosen_r_hat": [0.1, 0.2, 0.3],
+        "rejected_r_hat": [0.4, 0.5],
+    }
+    model = AutoModelForCausalLM.from_pretrained(model_folders["target"])
+    trainer = Trainer(model, TGDPO(), arguments(tmp_path, max_steps=1), [row], processing_class=tokenizer)
+    trainer.train()
+    assert list(trainer.train_dataset[0]["chosen_r_hat"]) == pytest.approx([0.1, 0.2, 0.3])
 
 
 def test_rows_of_text_need_a_tokenizer(tmp_path):

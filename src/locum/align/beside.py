@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers.trainer_utils import get_last_checkpoint
 
 from locum.align.base import Method
-from locum.align.trainer import Trainer, align_arguments
+from locum.align.trainer import Trainer, align_arguments, last_checkpoint
 from locum.errors import UserError
 
 __all__ = ["train_beside"]
@@ -59,7 +58,7 @@ def _reference(method: Method, start: str) -> dict[str, Any]:
 
 
 def _train(trainer: Trainer, folder: Path) -> None:
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
     trainer.save_model(str(folder))
     if trainer.args.should_save:
         (folder / DONE).write_text(f"{trainer.state.global_step} steps\n", "utf-8")

@@ -5,7 +5,6 @@ optimizer and learning rate begin anew. Where it does not, all rounds are one tr
 """
 
 import copy
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from transformers.utils.logging import tqdm
 
 from locum.align.base import Example
 from locum.align.rounds import Round
-from locum.align.trainer import SIGNAL, Trainer
+from locum.align.trainer import SIGNAL, Trainer, last_checkpoint
 from locum.errors import UserError
 from locum.models import LM
 from locum.models.sampling import sample_responses
@@ -29,7 +28,6 @@ __all__ = ["RoundTrainer", "TextLabeller", "text_of"]
 
 TextLabeller = Callable[[list[str], list[str]], Sequence[float]]  # prompts and responses -> scores, higher is better
 REFERENCE = "reference"  # the adapter that holds the reference of a PEFT model
-STATE, CHECKPOINT = "trainer_state.json", "checkpoint-"
 
 
 class RoundTrainer(Trainer):
@@ -176,7 +174,7 @@ class RoundTrainer(Trainer):
         self.train_dataset = examples
         self.args.output_dir = str(folder)
         transformers.set_seed(self.args.seed + index)  # the same order of the data, killed and gone on or not
-        checkpoint = _last_checkpoint(folder)
+        checkpoint = last_checkpoint(folder)
         if checkpoint is not None:  # it has the optimizer
             self._state_of = None
         self.train(resume_from_checkpoint=checkpoint)
@@ -221,18 +219,6 @@ class _Begin(transformers.TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.trainer.at_begin()
-
-
-def _last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that was written to its end: its state is written last."""
-    found = sorted(folder.glob(f"{CHECKPOINT}*"), key=lambda p: int(p.name.removeprefix(CHECKPOINT)), reverse=True)
-    for path in found:
-        try:
-            json.loads((path / STATE).read_text("utf-8"))
-        except (OSError, ValueError):
-            continue
-        return str(path)
-    return None
 
 
 def _another_adapter(model: Any) -> str:

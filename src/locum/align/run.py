@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from transformers import ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from locum.align.base import Method
 from locum.align.beside import train_beside
@@ -27,7 +26,7 @@ from locum.align.recipes import annotated, ingredients
 from locum.align.rounds import Online
 from locum.align.rows import PAIR, Rows
 from locum.align.statistics import BASE, ModelScorer, Scorer
-from locum.align.trainer import METHOD_FILE, SIGNAL, Trainer, align_arguments
+from locum.align.trainer import METHOD_FILE, SIGNAL, Trainer, align_arguments, last_checkpoint
 from locum.errors import MissingExtra, UserError
 from locum.method import require, to_dict, to_yaml
 from locum.models import LM, load
@@ -217,7 +216,7 @@ def _on_pairs(
     )
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(_Progress)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(out)) if resume else None)
+    trainer.train(resume_from_checkpoint=last_checkpoint(out) if resume else None)
     if evaluated is not None:
         trainer.evaluate()
     return trainer

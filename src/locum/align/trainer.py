@@ -28,9 +28,10 @@ from locum.align.statistics import BASE, LOGP_REF, ModelScorer, Scorer, collate,
 from locum.errors import UserError
 from locum.method import to_yaml
 
-__all__ = ["Collator", "Trainer", "align_arguments"]
+__all__ = ["Collator", "Trainer", "align_arguments", "last_checkpoint"]
 
 SIGNAL = "locum_signal"  # the method's own parameters, as a part of the trained model
+STATE, CHECKPOINT = "trainer_state.json", "checkpoint-"
 SIGNAL_FILE, METHOD_FILE, BAD_BATCH = "signal.safetensors", "method.yaml", "bad_batch.safetensors"
 
 
@@ -127,8 +128,8 @@ class Trainer(transformers.Trainer):
             model=model,
             args=args,
             data_collator=Collator(method.blocks, method.columns, pad),
-            train_dataset=self._examples(train_dataset, processing_class, args),
-            eval_dataset=self._examples(eval_dataset, processing_class, args),
+            train_dataset=self._examples(train_dataset, processing_class),
+            eval_dataset=self._examples(eval_dataset, processing_class),
             processing_class=processing_class,
             **kwargs,
         )
@@ -198,7 +199,7 @@ class Trainer(transformers.Trainer):
             return optimizer
         return super().create_optimizer(model)
 
-    def _examples(self, dataset: Any, tokenizer: Any, args: transformers.TrainingArguments) -> Any:
+    def _examples(self, dataset: Any, tokenizer: Any) -> Any:
         """Rows of text as examples of token ids; examples as they are."""
         if dataset is None or len(dataset) == 0 or "prompt_ids" in dataset[0]:
             return dataset
@@ -206,7 +207,8 @@ class Trainer(transformers.Trainer):
             raise UserError("rows of text need a tokenizer: give processing_class, or examples with token ids")
         from locum.align.data import encode, read_pairs
 
-        return encode(read_pairs(dataset), tokenizer, max_length=self.max_length)
+        blocks, columns = self.method.blocks, self.method.columns
+        return encode(read_pairs(dataset, blocks=blocks), tokenizer, self.max_length, blocks=blocks, columns=columns)
 
     def _scorer(self, given: nn.Module | str) -> Scorer:
         if isinstance(given, str):
@@ -222,11 +224,13 @@ class Trainer(transformers.Trainer):
             )
         from locum.align.cache import with_reference
 
-        where = Path(self.args.output_dir) / "reference"
         with self.accelerator.main_process_first():
-            self.train_dataset = with_reference(
-                self.frozen["ref"], self.train_dataset, self.method.blocks, where, self.data_collator.pad_id, self._move
-            )
+            for name in ("train", "eval"):
+                if (data := getattr(self, f"{name}_dataset")) is not None:
+                    where = Path(self.args.output_dir) / f"reference-{name}"
+                    blocks, pad = self.method.blocks, self.data_collator.pad_id
+                    known = with_reference(self.frozen["ref"], data, blocks, where, pad, self._move)
+                    setattr(self, f"{name}_dataset", known)
         self.frozen.pop("ref")
 
     def _move(self, batch: PairBatch) -> PairBatch:
@@ -263,6 +267,18 @@ class Trainer(transformers.Trainer):
         path = Path(resume_from_checkpoint) / SIGNAL_FILE
         if self.signal is not None and path.exists():
             self.signal.load_state_dict(load_file(path))
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that was written to its end: its state is written last."""
+    found = sorted(folder.glob(f"{CHECKPOINT}*"), key=lambda p: int(p.name.removeprefix(CHECKPOINT)), reverse=True)
+    for path in found:
+        try:
+            json.loads((path / STATE).read_text("utf-8"))
+        except (OSError, ValueError):
+            continue
+        return str(path)
+    return None
 
 
 def _disable_dropout(model: nn.Module) -> None:
