@@ -30,8 +30,10 @@ from locum.tokens.tiles import Scores
 
 __all__ = [
     "FILLER",
+    "START",
     "ChainPolicy",
     "DigitChain",
+    "Walk",
     "exact_advantages",
     "mean_entropy",
     "pass_at",
@@ -93,11 +95,10 @@ class DigitChain:
 
     def reward(self, rollouts: Rollouts) -> Float[Tensor, " rows"]:
         """1 where an episode ended with the prompt's sum, else 0. What a prefix holds beyond the prompt counts as emitted."""
-        walk = self.walk(rollouts)
-        inside = rollouts.mask & (walk.used < self.limit)
-        done = (inside * (walk.digits + (rollouts.ids != FILLER))).amax(-1) == self.length
-        right = done & (walk.final == walk.prompts.sum(-1) % 10)
-        return right.float()
+        walk = Walk.of(self, rollouts)
+        last = walk.digits + (rollouts.ids != FILLER) == self.length  # true on the token that ends an episode
+        done = (last & rollouts.mask & (walk.used < self.limit)).any(-1)
+        return (done & (walk.final == walk.prompts.sum(-1) % 10)).float()
 
     def score(self, prefix: Sequence[int], completion: Sequence[int]) -> float:
         """`reward` of one text, given as token ids."""
@@ -106,13 +107,9 @@ class DigitChain:
         ended = len(digits) == self.length and len(emitted) <= self.limit
         return float(ended and digits[-1] == sum(prompt) % 10)
 
-    def walk(self, rollouts: Rollouts) -> "Walk":
-        """The states that a policy went through."""
-        return Walk.of(rollouts, self.length)
-
-    def teacher(self) -> tuple[Float[Tensor, "10"], Float[Tensor, "10"]]:
-        """Per prompt digit: the teacher's probabilities of a wrong digit and of a filler."""
-        return tuple(torch.as_tensor(x, dtype=torch.float32).expand(10) for x in (self.eps, self.filler))  # type: ignore[return-value]
+    def teacher(self) -> Float[Tensor, "2 10"]:
+        """The probabilities of a wrong digit and of a filler, per prompt digit."""
+        return torch.stack([torch.as_tensor(x, dtype=torch.float32).expand(10) for x in (self.eps, self.filler)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,8 +133,9 @@ class Walk:
     final: Int[Tensor, " rows"]
 
     @staticmethod
-    def of(rollouts: Rollouts, length: int) -> "Walk":
-        """Read off the texts: what stands after a prompt's `length` digits was emitted."""
+    def of(task: DigitChain, rollouts: Rollouts) -> "Walk":
+        """Read off the texts: what stands behind a prompt's digits was emitted."""
+        length = task.length
         ids, real, _ = rollouts.texts()
         rank = real.long().cumsum(-1)
         asked = real & (rank <= length)
@@ -212,20 +210,23 @@ class ChainPolicy(nn.Module):
             heat: temperatures from the logits about to be sampled, of the rows that still run.
         """
         device, n = self.lm_head.weight.device, self.task.length
-        begun = [_begun(prefix, n) for prefix in prefixes]
-        most = [min(r, self.task.limit - used) for r, (used, _, _, _) in zip(room, begun, strict=True)]
-        for i, (new, (used, done, _, _)) in enumerate(zip(most, begun, strict=True)):
-            if new < 1 or done >= n:
-                raise UserError(
-                    f"prefix {i} cannot be gone on from: room {room[i]}, {done} of {n} digits, {used} of {self.task.limit} tokens"
-                )
-        width = max(most, default=0)
+        blank = torch.zeros(len(prefixes), 1, dtype=torch.long, device=device)
+        nothing = Generated(blank, blank == 0, blank[:, 0] == 0)
+        walk = Walk.of(
+            self.task, Rollouts.of(prefixes, nothing, blank[:, 0])
+        )  # the state after a prefix: before one more token
+        most = torch.minimum(torch.as_tensor(room, device=device), self.task.limit - walk.used[:, 0])
+        for i in ((most < 1) | (walk.digits[:, 0] >= n)).nonzero()[:1, 0].tolist():
+            used, done = walk.used[i, 0], walk.digits[i, 0]
+            raise UserError(
+                f"prefix {i} cannot be gone on from: room {room[i]}, {done} of {n} digits, {used} of {self.task.limit} tokens"
+            )
+        width = int(most.max()) if len(most) else 0
         if draws.shape[1] < width:
             raise UserError(f"{width} tokens may come but draws has {draws.shape[1]} columns")
-        start = torch.tensor(begun, device=device).view(-1, 4).repeat_interleave(copies, 0)
-        digits, last, filler = start[:, 1:].unbind(-1)
-        free = torch.tensor(most, device=device).repeat_interleave(copies)
-        prompts = torch.tensor([list(p[:n]) for p in prefixes], device=device).view(-1, n).repeat_interleave(copies, 0)
+        start = torch.cat([walk.digits, walk.last, walk.filler], -1)
+        start, free, prompts = (x.repeat_interleave(copies, 0) for x in (start, most, walk.prompts))
+        digits, last, filler = start.unbind(-1)
 
         logits = self.logits().view(-1, VOCAB)
         table = sampling.law(logits).cumsum(-1)
@@ -250,7 +251,7 @@ class ChainPolicy(nn.Module):
 
     def scores(self, rollouts: Rollouts) -> Scores:
         """What the logits of the completions' tokens are made of, row by row. Each state that was met goes through once."""
-        walk, m = self.task.walk(rollouts), rollouts.mask
+        walk, m = Walk.of(self.task, rollouts), rollouts.mask
         asked = walk.prompts.gather(-1, walk.digits.clamp(max=self.task.length - 1))
         met, which = _state(walk.digits, asked, walk.last, walk.filler)[m].unique(return_inverse=True)
         return Scores(self(met).index_select(0, which), self.lm_head.weight)
@@ -259,15 +260,6 @@ class ChainPolicy(nn.Module):
 def _state(digits: Tensor, asked: Tensor, last: Tensor, filler: Tensor) -> Tensor:
     """The number of a state in the policy's table."""
     return ((digits * 10 + asked) * VOCAB + last) * 2 + filler
-
-
-def _begun(prefix: Sequence[int], length: int) -> tuple[int, int, int, int]:
-    """Tokens and digits emitted, the last digit, whether the last token was a filler."""
-    if len(prefix) < length:
-        raise UserError(f"a prefix of a digit chain begins with the prompt's {length} digits, got {len(prefix)} tokens")
-    said = prefix[length:]
-    digits = [token for token in said if token != FILLER]
-    return len(said), len(digits), digits[-1] if digits else START, int(bool(said) and said[-1] == FILLER)
 
 
 def _heated(logits: Tensor, heat: Callable[[Tensor], Tensor], sampling: Sampling) -> Tensor:
@@ -285,11 +277,11 @@ def _pretrained(seed: int, task: DigitChain) -> ChainPolicy:
         torch.manual_seed(seed)
         policy = ChainPolicy(task)
     g = torch.Generator().manual_seed(seed)
-    eps, stray = task.teacher()
+    risk = task.teacher()[[0, 1, 1]]
     optimizer = torch.optim.Adam(policy.parameters(), 5e-3)
     for _ in range(task.warm_steps):
         asked = task.prompts(512, g)
-        wrong, pause, paused = torch.rand(3, *asked.shape, generator=g) < torch.stack([eps, stray, stray])[:, asked]
+        wrong, pause, paused = torch.rand(3, *asked.shape, generator=g) < risk[:, asked]
         said = (asked + wrong * torch.randint(1, 10, asked.shape, generator=g)).cumsum(-1) % 10
         last = F.pad(said[:, :-1], (1, 0), value=START)
         at = _state(torch.arange(task.length), asked, last, paused.long())
@@ -353,7 +345,7 @@ def exact_advantages(policy: ChainPolicy, rollouts: Rollouts) -> Float64[Tensor,
 
 
 def _advantages(policy: ChainPolicy, rollouts: Rollouts) -> Tensor:
-    walk, mask = policy.task.walk(rollouts), rollouts.mask
+    walk, mask = Walk.of(policy.task, rollouts), rollouts.mask
     prompts, which = walk.prompts.unique(dim=0, return_inverse=True)
     table = values(policy, prompts)
     row = which[:, None].expand_as(mask)[mask]
