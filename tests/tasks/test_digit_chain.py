@@ -122,7 +122,7 @@ def test_values_equal_what_sampling_finds(warm, cap):
     assert pass_at_1(policy, prompts) == pytest.approx(float(exact.mean()))
     assert pass_at(policy, prompts, 5) == pytest.approx(float((1 - (1 - exact) ** 5).mean()))
     law = logits(policy, rollouts).softmax(-1)
-    assert mean_entropy(policy, prompts) == pytest.approx(float(torch.special.entr(law).sum(-1).mean()), rel=0.02)
+    assert mean_entropy(policy, prompts) == pytest.approx(torch.special.entr(law).sum(-1).mean().item(), rel=0.02)
     # The advantages of an episode add up to what it earned beyond its prompt's value.
     gain = exact_advantages(policy, rollouts).sum(1)
     torch.testing.assert_close(gain, task.reward(rollouts).double() - exact.repeat_interleave(n))
