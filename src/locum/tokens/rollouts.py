@@ -103,6 +103,10 @@ class Rollouts:
         """With these numbers per row too."""
         return replace(self, facts={**self.facts, **facts})
 
+    def with_reward(self, reward: Float[Tensor, " rows"]) -> "Rollouts":
+        """With these rewards."""
+        return replace(self, reward=reward.to(self.device))
+
     def to(self, device: torch.device | str) -> "Rollouts":
         """All of it on a device."""
         return self._each(lambda x: x.to(device))

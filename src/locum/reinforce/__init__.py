@@ -1,0 +1,58 @@
+"""Reinforcement learning from verifiable rewards: one pipeline, and papers as a few small pieces in it.
+
+>>> from locum.reinforce import D3S, Recipe
+>>> print(Recipe("dapo", (D3S(),)))
+dapo + d3s
+>>> print(D3S(tokens=(0.2, 1.0)))
+D3S(rows=(0.25, 0.5), tokens=(0.2, 1.0), scope='batch', key='advantage', per='batch', row_stat='mean', shares=None)
+
+`reinforce` trains a model on problems with checkable answers; `Trainer` is what it does it with. Both are imported when they
+are first used.
+"""
+
+import importlib
+from typing import Any
+
+from locum.reinforce.advantages import GAE, BatchCentred, GroupCentred, GroupNormalised, LeaveOneOut
+from locum.reinforce.base import Piece, Policy, Run, Stage
+from locum.reinforce.collect import Flat, Informative, Overlong
+from locum.reinforce.d3s import D3S
+from locum.reinforce.likelihood import Autoregressive
+from locum.reinforce.losses import KL, Clip, Constant, SequenceMean, SequenceRatio, SequenceSum, TokenMean, TokenRatio
+from locum.reinforce.recipe import HOSTS, Plan, Recipe
+
+__all__ = [
+    "D3S",
+    "GAE",
+    "HOSTS",
+    "KL",
+    "Autoregressive",
+    "BatchCentred",
+    "Clip",
+    "Constant",
+    "Flat",
+    "GroupCentred",
+    "GroupNormalised",
+    "Informative",
+    "LeaveOneOut",
+    "Overlong",
+    "Piece",
+    "Plan",
+    "Policy",
+    "Recipe",
+    "Run",
+    "SequenceMean",
+    "SequenceRatio",
+    "SequenceSum",
+    "Stage",
+    "TokenMean",
+    "TokenRatio",
+]
+
+_LAZY = {"Learner": "learner", "Trainer": "trainer", "reinforce": "run"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
