@@ -232,7 +232,9 @@ class Learner:
                     seen = self._asked(rollouts.with_facts(epoch=torch.full_like(rollouts.group, epoch)), want)
                     plan = recipe.prepare(seen, self.run)
             with clock("update"):
+                before = figures.get("trained_tokens", 0.0)
                 figures |= self._epoch(plan, epoch)
+                figures["trained_tokens"] += before
         for stage in recipe.stages:
             kept = stage.remember(seen, self.run.memory.get(stage.slot, {}))
             if kept:

@@ -1,4 +1,4 @@
-"""What the claims on the digit chain share: training a warmed-up policy by a recipe, and exact figures on the way."""
+"""What claims on the digit chain share: training a warmed-up policy by a recipe, and exact figures on the way."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -59,6 +59,6 @@ def train(
             tell(step)
             figures = teacher.step([Problem(p) for p in task.prompts(prompts, asked).tolist()])
             figures = {k: v for k, v in figures.items() if "second" not in k}
-            trained += figures.get("trained_tokens", 0.0) * epochs
+            trained += figures.get("trained_tokens", 0.0)
             sampled += figures["sampled_tokens"]
     return rows, teacher.policy
