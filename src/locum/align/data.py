@@ -14,16 +14,17 @@ behind the end of the turn, which is then the response's last token).
 """
 
 import itertools
-import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from locum.align.rows import PAIR, BadRow, Faults, Rows, first_line, read_pairs
+from locum.align.rows import PAIR, read_pairs
 from locum.errors import UserError
+from locum.tasks.chat import as_text, render, template_settings
+from locum.tasks.rows import BadRow, Faults, Rows
 
 __all__ = ["Rows", "encode", "read_pairs"]
 
@@ -152,24 +153,11 @@ def _plain(row: Mapping[str, Any], tokenizer: Any, blocks: Sequence[str]) -> lis
 
 
 def _rendered(row: Mapping[str, Any], tokenizer: Any, blocks: Sequence[str]) -> list[str]:
-    from jinja2 import TemplateError
-
-    if not getattr(tokenizer, "chat_template", None):
-        raise UserError(
-            "the rows are conversations and the tokenizer has no chat template: set one, or give plain strings"
-        )
-    tools = row.get("tools")
-    settings = {"tools": json.loads(tools) if isinstance(tools, str) else tools} | (
-        row.get("chat_template_kwargs") or {}
-    )
-    render: Callable[..., str] = tokenizer.apply_chat_template
-    try:
-        return [
-            render(row["prompt"], tokenize=False, add_generation_prompt=True, **settings),
-            *(render(row["prompt"] + row[b], tokenize=False, **settings) for b in blocks),
-        ]
-    except TemplateError as error:
-        raise BadRow(f"the chat template refuses it ({first_line(error)})") from None
+    settings = template_settings(row)
+    return [
+        render(tokenizer, row["prompt"], add_generation_prompt=True, **settings),
+        *(render(tokenizer, row["prompt"] + row[b], **settings) for b in blocks),
+    ]
 
 
 def _shared(prompt: list[int], whole: list[int]) -> int:
@@ -186,11 +174,11 @@ def _example(
 ) -> dict[str, Any]:
     if not prompt:
         raise BadRow("nothing of the prompt is left in front of the response")
-    example: dict[str, Any] = {"prompt_ids": prompt, "prompt": _for_people(row["prompt"])}
+    example: dict[str, Any] = {"prompt_ids": prompt, "prompt": as_text(row["prompt"])}
     for block, ids in zip(blocks, responses, strict=True):
         if not ids:
             raise BadRow(f"{block} has no tokens of its own")
-        example |= {f"{block}_ids": ids, block: _for_people(row[block])}
+        example |= {f"{block}_ids": ids, block: as_text(row[block])}
         for column in columns:
             example[f"{block}_{column}"] = _numbers(row, f"{block}_{column}", len(ids))
     return example
@@ -208,12 +196,3 @@ def _numbers(row: Mapping[str, Any], name: str, tokens: int) -> np.ndarray:
     if not np.isfinite(values).all():
         raise BadRow(f"{name} holds a value that is not finite")
     return values
-
-
-def _for_people(text: str | list[dict[str, Any]]) -> str:
-    """A text as it is; messages one below the other, with their roles where there are several."""
-    if isinstance(text, str):
-        return text
-    if len(text) == 1:
-        return text[0].get("content", "")
-    return "\n\n".join(f"{m['role']}: {m.get('content', '')}" for m in text)
