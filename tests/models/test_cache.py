@@ -78,6 +78,25 @@ def test_a_commit_whose_source_and_target_overlap():
     assert held(cache.layers[0]) == [0, 2, 3, 5]
 
 
+def test_rows_are_repeated_and_dropped():
+    """The entries in use move; the capacity stays, so that what follows is still written in place."""
+    layer = BufferLayer(4)
+    keys = torch.arange(24.0).view(3, 2, 2, 2)
+    layer.update(keys, -keys)
+    layer.reorder_cache(torch.tensor([2, 0, 0]))
+    assert layer.used == 2
+    assert layer.keys.shape == (3, 2, 4, 2)
+    new = torch.zeros(3, 2, 1, 2)
+    where = layer.keys.data_ptr()
+    held, values = layer.update(new, new)
+    assert layer.keys.data_ptr() == where
+    assert torch.equal(held, torch.cat([keys[[2, 0, 0]], new], 2))
+    assert torch.equal(values, -held)
+    layer.batch_select_indices(torch.tensor([1]))
+    assert torch.equal(layer.keys[:, :, :3], held[1:2])
+    BufferLayer(4).reorder_cache(torch.tensor([0]))  # nothing held yet: nothing to do
+
+
 def test_it_serves_as_any_cache_of_transformers():
     """The model's own one-token loop on this cache and on transformers' own: equal logits."""
     lm, ids = tiny(vocab_size=VOCAB), [1, 2, 3, 4]

@@ -6,6 +6,7 @@ from families import LEAN, MODULE, VOCAB, family
 from torch import nn
 
 from locum.models import Session, tiny
+from locum.models.cache import TreeCache
 from locum.models.lean import lean_forward
 
 TREE = [9, 8, 7, 9, 1, 2], [-1, 0, 0, 1, 1, 4]
@@ -47,6 +48,25 @@ def test_in_bfloat16_lean_is_as_near_to_the_truth_as_the_module(name):
     for feed in (lambda s: s.prefill([3, 1, 4, 1, 5])[None], lambda s: s.extend(*TREE)):
         ours, theirs, truth = (feed(s).float() for s in (lean, module, true))
         assert (ours - truth).norm() <= 1.5 * (theirs - truth).norm()
+
+
+@pytest.mark.parametrize("name", LEAN)
+def test_several_texts_at_once(name):
+    """Two texts, one with two columns of padding in the cache, then with all columns real: no mask."""
+    lm = family(name)
+    ids, mask = torch.tensor([[0, 0, 3, 1, 4], [1, 5, 9, 2, 6]]), torch.tensor([[0, 0, 1, 1, 1], [1] * 5])
+    token, lean = torch.tensor([[7], [8]]), lean_forward(lm.model)
+    with torch.inference_mode():
+        for real in (mask, torch.ones_like(mask)):
+            position = (real.cumsum(-1) - 1).clamp(min=0)
+            caches = [TreeCache(2, 8), TreeCache(2, 8)]
+            for cache in caches:
+                lm.model(input_ids=ids, attention_mask=real, position_ids=position, past_key_values=cache)
+            real = torch.cat([real, torch.ones(2, 1, dtype=torch.long)], 1)
+            at = position[:, -1:] + 1
+            want = lm.model(input_ids=token, attention_mask=real, position_ids=at, past_key_values=caches[0]).logits
+            found = lean(token, at, None if real.all() else real.bool()[:, None, None], caches[1], True)
+            torch.testing.assert_close(found, want[:, -1], atol=1e-5, rtol=1e-5)
 
 
 def test_more_rows_than_the_small_product_takes():

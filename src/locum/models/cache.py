@@ -7,7 +7,7 @@ capacity; a step writes behind the entries in use, and dropping rejected tokens 
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
@@ -61,6 +61,18 @@ class BufferLayer(DynamicLayer):
             x[:, :, start : self.used] = x[
                 :, :, entries
             ]  # the right side is copied first: source and target may overlap
+
+    def reorder_cache(self, beam_idx: Int[Tensor, " rows"]) -> None:
+        """Keep these rows of the batch, in this order; a row may come several times. Entries in use are copied, no others."""
+        if not self.is_initialized:
+            return
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            new = old.new_empty(len(beam_idx), *old.shape[1:])
+            new[:, :, : self.used] = old[:, :, : self.used].index_select(0, beam_idx)
+            setattr(self, name, new)
+
+    batch_select_indices = reorder_cache
 
 
 class TreeCache(Cache):

@@ -1,6 +1,6 @@
 """A forward of a Llama-shaped decoder without the module machinery around it.
 
-At batch size 1 a CPU step reads every weight once and computes little, so what can be won is the time between the matrix products and
+In small batches a CPU step reads every weight once and computes little, so what can be won is the time between the matrix products and
 the way they are called. The weights are the model's own, read at every call: nothing is copied, fused or quantised.
 """
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from locum.models.cache import TreeCache
@@ -40,29 +40,29 @@ def lean_forward(model: Any) -> LeanForward | None:
     rotation = _Rotation(decoder.rotary_emb, head_dim)
 
     def forward(
-        ids: Int[Tensor, " nodes"],
-        positions: Int[Tensor, " nodes"],
-        mask: Float[Tensor, "1 1 nodes entries"] | None,
+        ids: Int[Tensor, "batch nodes"],
+        positions: Int[Tensor, "batch nodes"],
+        mask: Shaped[Tensor, "#batch 1 #nodes entries"] | None,
         cache: TreeCache,
         last_only: bool,
     ) -> Float[Tensor, "rows vocab"]:
-        n = len(ids)
-        x = F.embedding(ids, decoder.embed_tokens.weight)
-        cos, sin = rotation(positions, x)
+        b, n = ids.shape
+        x = F.embedding(ids.flatten(), decoder.embed_tokens.weight)  # a row per token, text by text
+        cos, sin = (y.unsqueeze(1) for y in rotation(positions, x))
         for index, block in enumerate(decoder.layers):
             attention, mlp = block.self_attn, block.mlp
             h = F.rms_norm(x, width, block.input_layernorm.weight, eps)
-            q = _linear(h, attention.q_proj).view(n, heads, head_dim).transpose(0, 1)
-            k = _linear(h, attention.k_proj).view(n, kv_heads, head_dim).transpose(0, 1)
-            v = _linear(h, attention.v_proj).view(n, kv_heads, head_dim).transpose(0, 1)
+            q = _linear(h, attention.q_proj).view(b, n, heads, head_dim).transpose(1, 2)
+            k = _linear(h, attention.k_proj).view(b, n, kv_heads, head_dim).transpose(1, 2)
+            v = _linear(h, attention.v_proj).view(b, n, kv_heads, head_dim).transpose(1, 2)
             q, k = (y * cos + y.roll(head_dim // 2, -1) * sin for y in (q, k))
-            keys, values = cache.layers[index].update(k[None], v[None])
-            a = F.scaled_dot_product_attention(q[None], keys, values, attn_mask=mask, enable_gqa=heads != kv_heads)
-            x = x + _linear(a[0].transpose(0, 1).reshape(n, heads * head_dim), attention.o_proj)
+            keys, values = cache.layers[index].update(k, v)
+            a = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=heads != kv_heads)
+            x = x + _linear(a.transpose(1, 2).reshape(b * n, heads * head_dim), attention.o_proj)
             h = F.rms_norm(x, width, block.post_attention_layernorm.weight, eps)
             x = x + _linear(F.silu(_linear(h, mlp.gate_proj)) * _linear(h, mlp.up_proj), mlp.down_proj)
         if last_only:
-            x = x[-1:]
+            x = x[n - 1 :: n]
         return _linear(F.rms_norm(x, width, decoder.norm.weight, eps), model.lm_head)
 
     return forward
@@ -98,7 +98,7 @@ class _Rotation:
         self.rotary, self.head_dim = rotary, head_dim
         self.cos = self.sin = torch.empty(0, head_dim)
 
-    def __call__(self, positions: Int[Tensor, " nodes"], like: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, positions: Int[Tensor, "batch nodes"], like: Tensor) -> tuple[Tensor, Tensor]:
         needed = int(positions.max()) + 1
         if needed > len(self.cos) or self.cos.dtype != like.dtype or self.cos.device != like.device:
             steps = torch.arange(max(needed, 2 * len(self.cos), 256), device=like.device)

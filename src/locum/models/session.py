@@ -180,19 +180,19 @@ class Session:
         return mask.masked_fill_(~seen, torch.finfo(self.dtype).min)[None, None]
 
     def _run(self, tokens: Sequence[int], positions: Tensor, mask: Tensor | None, last_only: bool) -> Logits:
-        ids = torch.tensor(tokens, device=self.device)
+        ids = torch.tensor([list(tokens)], device=self.device)
         self.forwards += 1
-        return self._forward(ids, positions, mask, self.cache, last_only)
+        return self._forward(ids, positions[None], mask, self.cache, last_only)
 
     def _module_forward(
         self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: TreeCache, last_only: bool
     ) -> Logits:
         if mask is None:
-            mask = torch.zeros(1, 1, len(ids), cache.used + len(ids), dtype=self.dtype, device=self.device)
+            mask = torch.zeros(1, 1, ids.shape[1], cache.used + ids.shape[1], dtype=self.dtype, device=self.device)
         return self.model(
-            input_ids=ids[None],
+            input_ids=ids,
             attention_mask=mask,
-            position_ids=positions[None],
+            position_ids=positions,
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1 if last_only else 0,
