@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from locum.bench.store import Lines, Store, latest, write_atomically
+from locum.bench.store import Lines, Store, latest
+from locum.files import write_atomically
 from locum.errors import UserError
 
 

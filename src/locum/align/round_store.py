@@ -11,7 +11,6 @@ Every file but the policy's is written beside its place and then renamed, so it 
 """
 
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from typing import Any
 
 from locum.align.base import Example
 from locum.errors import UserError
+from locum.files import write_atomically
 
 __all__ = ["RoundFolder", "RoundResult", "same_as_before"]
 
@@ -82,8 +82,8 @@ class RoundFolder:
     def collect(self, examples: Sequence[Example], logs: Mapping[str, float]) -> None:
         """Keep the examples; tensors and arrays as lists, in which float32 numbers are still the same."""
         lines = (json.dumps(e, default=lambda values: values.tolist(), ensure_ascii=False) for e in examples)
-        _write(self.path / "collected.json", json.dumps(logs, indent=1))
-        _write(self.path / "examples.jsonl", "".join(f"{line}\n" for line in lines))
+        write_atomically(self.path / "collected.json", json.dumps(logs, indent=1))
+        write_atomically(self.path / "examples.jsonl", "".join(f"{line}\n" for line in lines))
 
     def examples(self) -> list[dict[str, Any]]:
         with (self.path / "examples.jsonl").open(encoding="utf-8") as file:
@@ -96,7 +96,7 @@ class RoundFolder:
     def finish(self, logs: Mapping[str, float], history: list[dict[str, Any]], first_steps: int | None) -> None:
         """Mark the round as finished, and clear away what is not needed any more."""
         known = {"logs": logs, "history": history, "first_steps": first_steps}
-        _write(self.path / "round.json", json.dumps(known, indent=1))
+        write_atomically(self.path / "round.json", json.dumps(known, indent=1))
         shutil.rmtree(self.training, ignore_errors=True)
         for name in TRAINER_STATE:
             (RoundFolder(self.out, self.index - 1).policy / name).unlink(missing_ok=True)
@@ -117,7 +117,7 @@ def same_as_before(out: Path, asked: Mapping[str, Any]) -> None:
     """
     path, asked = out / "rounds.json", json.loads(json.dumps(asked))
     if not path.exists():
-        _write(path, json.dumps(asked, indent=1))
+        write_atomically(path, json.dumps(asked, indent=1))
         return
     before = json.loads(path.read_text("utf-8"))
     if different := [k for k in asked if before.get(k) != asked[k]]:
@@ -125,13 +125,3 @@ def same_as_before(out: Path, asked: Mapping[str, Any]) -> None:
             f"{str(out)!r} holds rounds that were begun with another value of {', '.join(different)}; go on as they were "
             "begun, or choose another folder"
         )
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)

@@ -27,47 +27,15 @@ from locum.align.rounds import Online
 from locum.align.rows import PAIR, Rows
 from locum.align.statistics import BASE, ModelScorer, Scorer
 from locum.align.trainer import METHOD_FILE, SIGNAL, Trainer, align_arguments, last_checkpoint
-from locum.errors import MissingExtra, UserError
-from locum.method import require, to_dict, to_yaml
+from locum.errors import UserError
+from locum.method import to_dict, to_yaml
 from locum.models import LM, load
+from locum.models.training import LoRA
 
 __all__ = ["Aligned", "LoRA", "align"]
 
 log = logging.getLogger(__name__)
 ASKED, RESULT = "run.json", "result.json"
-
-
-@dataclass(frozen=True)
-class LoRA:
-    """Low-rank adapters on all linear layers but the head.
-
-    Args:
-        rank: >= 1.
-        alpha: scale of what they add, over the rank; > 0.
-    """
-
-    rank: int = 16
-    alpha: float = 32.0
-
-    def __post_init__(self) -> None:
-        require(self, "rank", self.rank >= 1, ">= 1")
-        require(self, "alpha", self.alpha > 0, "> 0")
-
-    def on(self, model: Any, seed: int = 0) -> Any:
-        """A PEFT model with fresh adapters; the same for the same seed."""
-        try:
-            from peft import LoraConfig, get_peft_model
-        except ImportError:
-            raise MissingExtra("LoRA", "align") from None
-        config = LoraConfig(
-            r=self.rank,
-            lora_alpha=self.alpha,
-            target_modules="all-linear",
-            task_type="CAUSAL_LM",
-        )
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            return get_peft_model(model, config)
 
 
 @dataclass(frozen=True)

@@ -117,7 +117,7 @@ class Trainer(transformers.Trainer):
         self.method = method
         self.max_length = max_length
         if disable_dropout:
-            _disable_dropout(model)
+            without_dropout(model)
         config = model.config.get_text_config()
         self.signal = method.signal(config.num_hidden_layers, config.hidden_size)
         frozen = _frozen(model, method, dict(models or {}))
@@ -279,14 +279,6 @@ def last_checkpoint(folder: Path) -> str | None:
             continue
         return str(path)
     return None
-
-
-def _disable_dropout(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        elif isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
 
 
 def _frozen(model: Any, method: Method, given: dict[str, Any]) -> dict[str, nn.Module | str]:

@@ -20,8 +20,9 @@ from locum.bench.engines import engine as engine_named
 from locum.bench.measures import Measure, aggregate
 from locum.bench.progress import Bar
 from locum.bench.report import Page, Part, html, table
-from locum.bench.store import Row, Store, latest, write_atomically
+from locum.bench.store import Row, Store, latest
 from locum.errors import UserError
+from locum.files import write_atomically
 
 Kind = Literal["ours", "peer", "plain"]
 

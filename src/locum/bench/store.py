@@ -15,21 +15,11 @@ from typing import Any
 import yaml
 
 from locum.errors import UserError
+from locum.files import write_atomically
 
-__all__ = ["Lines", "Row", "Store", "latest", "write_atomically"]
+__all__ = ["Lines", "Row", "Store", "latest"]
 
 Row = dict[str, Any]
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file whole or not at all: to a neighbour first, then renamed over it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
 
 
 class Lines:

@@ -20,8 +20,9 @@ from typing import Any, Literal
 
 from locum.bench.machine import environment, machine
 from locum.bench.progress import Bar
-from locum.bench.store import Lines, Row, write_atomically
+from locum.bench.store import Lines, Row
 from locum.errors import UserError, unknown
+from locum.files import write_atomically
 from locum.paper import ROOT, claims_folder, find
 
 __all__ = ["Claim", "Judgement", "available", "load_claim", "run_claims"]

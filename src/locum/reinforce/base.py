@@ -20,7 +20,7 @@ A[i,t], ratio r[i,t] = pi/old. Logarithms are natural.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -30,15 +30,13 @@ from locum.tokens.rollouts import Generated, PerToken, Rollouts
 from locum.tokens.sampling import Sampling
 from locum.tokens.tiles import Scores
 
-if TYPE_CHECKING:
-    from locum.reinforce.recipe import Recipe
-
 __all__ = [
     "Adapt",
     "Advantage",
     "Aggregate",
     "Asked",
     "Choice",
+    "Composed",
     "Filter",
     "Heat",
     "Likelihood",
@@ -46,6 +44,7 @@ __all__ = [
     "Penalty",
     "PerToken",
     "Piece",
+    "Pieces",
     "Policy",
     "Ratio",
     "Run",
@@ -101,6 +100,26 @@ class Run:
         return min(1.0, max(0.0, self.step / max(self.total, 1)))
 
 
+class Composed(Protocol):
+    """What a stage can see of the recipe that it is part of."""
+
+    @property
+    def stages(self) -> tuple["Stage", ...]:
+        """All of them, in the pipeline's order."""
+
+    @property
+    def likelihood(self) -> "Likelihood":
+        """How the policy is asked."""
+
+    @property
+    def sample(self) -> "Sample":
+        """Where rows come from."""
+
+    @property
+    def advantage(self) -> "Advantage":
+        """The advantage estimator."""
+
+
 @dataclass(frozen=True)
 class Piece(ABC):
     """What a recipe is put together from: a stage, or several under one name.
@@ -120,11 +139,31 @@ class Piece(ABC):
     def stages(self) -> tuple["Stage", ...]:
         """The stages it brings."""
 
-    def __or__(self, other: "Piece | Recipe") -> "Recipe":
-        """A recipe of both, on this one's host: ``D3S() | HAPOClip()``."""
-        from locum.reinforce.recipe import of  # a recipe knows all stages; a stage need not know recipes
+    def __or__(self, other: "Piece") -> "Pieces":
+        """Both, on the host of the first: ``D3S() | HAPOClip()``."""
+        return Pieces((*_items(self), *_items(other)))
 
-        return of(self) | other
+
+@dataclass(frozen=True)
+class Pieces(Piece):
+    """Several pieces as one.
+
+    Args:
+        items: at least one; the first says which host.
+    """
+
+    items: tuple[Piece, ...] = ()
+
+    @property
+    def setting(self) -> tuple["Stage", ...]:
+        return self.items[0].setting
+
+    def stages(self) -> tuple["Stage", ...]:
+        return tuple(stage for piece in self.items for stage in piece.stages())
+
+
+def _items(piece: Piece) -> tuple[Piece, ...]:
+    return piece.items if isinstance(piece, Pieces) else (piece,)
 
 
 @dataclass(frozen=True)
@@ -142,7 +181,7 @@ class Stage(Piece):
         """Columns of the old policy that it reads: "old_logp", "entropy", "ref_logp", "value", "scores" (to observe)."""
         return frozenset()
 
-    def refuses(self, recipe: "Recipe") -> str:
+    def refuses(self, recipe: "Composed") -> str:
         """Why it cannot be part of this recipe, as the rest of a sentence that begins with its name; "" if it can."""
         return ""
 

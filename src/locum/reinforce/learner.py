@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from locum.errors import UserError
 from locum.reinforce.base import Asked, PerToken, Run
-from locum.reinforce.likelihood import old_policy
+from locum.reinforce.old_policy import old_policy
 from locum.reinforce.recipe import Plan, Recipe
 from locum.tokens.groups import group_stats
 from locum.tokens.rollouts import Rollouts, uniforms

@@ -32,6 +32,7 @@ from locum.reinforce.base import (
     Mask,
     PerToken,
     Piece,
+    Pieces,
     Run,
     Sample,
     Stage,
@@ -42,7 +43,7 @@ from locum.reinforce.likelihood import Autoregressive
 from locum.reinforce.losses import Clip, Constant, SequenceMean, SequenceRatio, TokenMean, TokenRatio
 from locum.tokens.rollouts import Rollouts
 
-__all__ = ["HOSTS", "Plan", "Recipe"]
+__all__ = ["HOSTS", "Plan", "Recipe", "of"]
 
 ORDER = {  # slot -> what it is called when a pipeline is drawn
     "likelihood": "likelihood",
@@ -326,7 +327,7 @@ class Recipe:
             if len(hosts) > 1:
                 raise UserError(f"a recipe has one baseline, not both {self.host} and {other.host}")
             return Recipe(next(iter(hosts), "grpo"), self.pieces + other.pieces)
-        return Recipe(self.host, (*self.pieces, other))
+        return Recipe(self.host, (*self.pieces, *_items(other)))
 
     def __str__(self) -> str:
         return " + ".join([self.host, *(_term(p) for p in self.pieces)])
@@ -360,10 +361,15 @@ class Recipe:
 
 def of(first: Piece, rest: Iterable[Piece] = ()) -> Recipe:
     """The recipe of a paper: its host, what it sets of it, itself; then more pieces, which what it sets gives way to."""
-    rest = tuple(rest)
+    items = (*_items(first), *rest)
+    first, rest = items[0], items[1:]
     taken = {stage.slot for piece in (first, *rest) for stage in piece.stages() if stage.single}
     setting = tuple(s for s in first.setting if s.slot not in taken)
     return Recipe(first.host, (*setting, first, *rest))
+
+
+def _items(piece: Piece) -> tuple[Piece, ...]:
+    return piece.items if isinstance(piece, Pieces) else (piece,)
 
 
 def _logs(ratio: PerToken, advantages: PerToken, keep: Mask, low: Any, high: Any) -> dict[str, Tensor]:
