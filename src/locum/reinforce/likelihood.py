@@ -58,3 +58,10 @@ class Autoregressive(Likelihood):
         if "value" in want:
             columns["value"] = rollouts.spread(policy.critic(scores.hidden))
         return columns
+
+    def tempered(self, scores: Scores) -> Scores:
+        """The scores of the law that is trained: with logits divided by the temperature."""
+        if self.temperature == 1:
+            return scores
+        bias = None if scores.bias is None else scores.bias / self.temperature
+        return Scores(scores.hidden / self.temperature, scores.head, bias, scores.taps)

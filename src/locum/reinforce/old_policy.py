@@ -42,8 +42,9 @@ def old_policy(
             assert isinstance(recipe.likelihood, Autoregressive)  # the recipe was refused otherwise
             scores = policy.scores(part)
             found |= recipe.likelihood.of_scores(policy, scores, part, frozenset(own)) if own else {}
+            law = recipe.likelihood.tempered(scores)
             for stage in observers:
-                found |= stage.observe(scores, part)
+                found |= stage.observe(law, part)
         elif own:
             found |= recipe.likelihood.columns(policy, part, frozenset(own))
         if "ref_logp" in want and reference is not None:
