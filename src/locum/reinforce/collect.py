@@ -29,13 +29,18 @@ class Flat(Sample):
         require(self, "group_size", self.group_size >= 1, ">= 1")
 
     def __call__(self, ask: Asked, prompts: Sequence[Sequence[int]]) -> tuple[Rollouts, dict[str, float]]:
+        rows, texts = self.answers(ask, prompts)
+        rows = rows.with_reward(ask.reward(rows.group.tolist(), texts))
+        return rows, {"sampled_tokens": float(rows.mask.sum())}
+
+    def answers(self, ask: Asked, prompts: Sequence[Sequence[int]]) -> tuple[Rollouts, list[list[int]]]:
+        """Completions that have no rewards yet, as rows and as token ids."""
         g = self.group_size
         numbers = (ask.numbers[:, None] * g + torch.arange(g)).flatten()
         made = ask.generate(prompts, g, [ask.room] * len(prompts), numbers)
         owner = torch.arange(len(prompts)).repeat_interleave(g)
         rows = Rollouts.of([prompts[i] for i in owner.tolist()], made, owner.to(made.ids.device))
-        rows = rows.with_reward(ask.reward(owner.tolist(), made.lists())).with_facts(prompt=rows.group)
-        return rows, {"sampled_tokens": float(made.mask.sum())}
+        return rows.with_facts(prompt=rows.group), made.lists()
 
 
 @dataclass(frozen=True)

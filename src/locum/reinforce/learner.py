@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from locum.errors import UserError
 from locum.reinforce.base import Asked, PerToken, Run
-from locum.reinforce.old_policy import old_policy
+from locum.reinforce.old_policy import columns_of, old_policy
 from locum.reinforce.recipe import Plan, Recipe
 from locum.tokens.groups import group_stats
 from locum.tokens.rollouts import Rollouts, uniforms
@@ -192,8 +192,7 @@ class Learner:
             return self.reward([mine[i] for i in owner], completions)
 
         def columns(rollouts: Rollouts, want: frozenset[str]) -> dict[str, PerToken]:
-            with torch.no_grad():
-                return self.recipe.likelihood.columns(self.policy, rollouts, want)
+            return columns_of(self.recipe.likelihood, self.policy, rollouts, want, self.settings.rows_per_pass)
 
         ask = Asked(generate, reward, columns, self.run.room, numbers)
         rollouts, figures = self.recipe.sample(ask, [p.ids for p in mine])
@@ -223,6 +222,7 @@ class Learner:
         want = recipe.needs - {"scores"}
         if s.epochs * s.minibatches > 1 or recipe.likelihood.redraws:
             want |= {"old_logp"}
+        want -= recipe.sample.makes  # known since the rows were sampled
         figures: dict[str, float] = {}
         plan: Plan | None = None
         seen = rollouts

@@ -7,12 +7,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from locum.reinforce.base import Likelihood
 from locum.reinforce.likelihood import Autoregressive
 from locum.reinforce.recipe import Recipe
 from locum.tokens.groups import index
 from locum.tokens.rollouts import Rollouts
 
-__all__ = ["old_policy"]
+__all__ = ["columns_of", "old_policy"]
+
+
+@torch.no_grad()
+def columns_of(
+    likelihood: Likelihood, policy: Any, rollouts: Rollouts, want: frozenset[str], rows: int = 64
+) -> dict[str, Tensor]:
+    """Columns under the policy as it is, `rows` completions at a time."""
+    chunks = torch.arange(len(rollouts)).split(rows)
+    parts = [likelihood.columns(policy, rollouts[c.to(rollouts.device)].trimmed(), want) for c in chunks]
+    return _joined(rollouts, chunks, parts)
 
 
 @torch.no_grad()
@@ -47,6 +58,8 @@ def old_policy(
                 found |= stage.observe(law, part)
         elif own:
             found |= recipe.likelihood.columns(policy, part, frozenset(own))
+        if "logp" in found:
+            found["old_logp"] = found.pop("logp")
         if "ref_logp" in want and reference is not None:
             with reference() as other:
                 found["ref_logp"] = recipe.likelihood.columns(other, part, frozenset({"logp"}))["logp"]
@@ -73,7 +86,6 @@ def _joined(rollouts: Rollouts, chunks: Sequence[Tensor], parts: Sequence[dict[s
     columns: dict[str, Tensor] = {}
     for chunk, found in zip(chunks, parts, strict=True):
         for name, x in found.items():
-            name = "old_logp" if name == "logp" else name
             whole = columns.setdefault(name, torch.zeros(rollouts.mask.shape, dtype=x.dtype, device=x.device))
             whole[chunk.to(x.device), : x.shape[1]] = x
     return columns
