@@ -51,9 +51,9 @@ class GroupAdvantage(Advantage):
     def value(self, reward: PerRow, stats: Groups) -> PerRow:
         """The advantage of a row among its group."""
 
-    def of_rows(self, reward: PerRow, group: Int[Tensor, " rows"]) -> PerRow:
-        """A_i; 0 in level groups, for a row that is alone, and for one without a reward."""
-        stats = group_stats(reward, group, self.degrees())
+    def of_rows(self, reward: PerRow, group: Int[Tensor, " rows"], weight: PerRow | None = None) -> PerRow:
+        """A_i; 0 in level groups, for a row that is alone, and for one without a reward. Weights: what each row counts."""
+        stats = group_stats(reward, group, self.degrees(), weight)
         if bool(((stats.count == 1) & stats.known).any()):
             warnings.warn("a group has one row only: its advantage is 0", stacklevel=2)
         silent = stats.level | ~stats.known | (stats.count < 2)
