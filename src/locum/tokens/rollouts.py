@@ -32,11 +32,13 @@ class Generated:
         ids: 0 outside the mask.
         mask: true up to the end of each completion, its end of sequence included; no row is empty.
         ended: false where a completion ran into its limit.
+        facts: what else belongs to each row, by name: tensors of any shape whose first axis is the rows.
     """
 
     ids: Int[Tensor, "rows tokens"]
     mask: Bool[Tensor, "rows tokens"]
     ended: Bool[Tensor, " rows"]
+    facts: Mapping[str, Tensor] = field(default_factory=dict)
 
     def lists(self) -> list[list[int]]:
         """The tokens of each completion."""
@@ -53,7 +55,7 @@ class Rollouts:
         group: rows of one group were drawn from one prefix.
         reward: one number per row, nan where there is none.
         columns: numbers per completion token, by name ("old_logp", "entropy", "ref_logp", ...); 0 outside the mask.
-        facts: numbers per row, by name ("prompt", "ended", ...).
+        facts: what is known of each row, by name ("prompt", "ended", ...): tensors whose first axis is the rows.
     """
 
     prefix: Int[Tensor, "rows _P"]
@@ -169,7 +171,8 @@ class Rollouts:
         prefix, prefix_mask = pad_left(prefixes, made.ids.device)
         if reward is None:
             reward = torch.full((len(made.ids),), torch.nan, device=made.ids.device)
-        return Rollouts(prefix, prefix_mask, made.ids, made.mask, group, reward, facts={"ended": made.ended})
+        facts = {"ended": made.ended, **made.facts}
+        return Rollouts(prefix, prefix_mask, made.ids, made.mask, group, reward, facts=facts)
 
 
 def pad_left(
