@@ -17,6 +17,7 @@ from locum.reinforce.advantages import GAE, BatchCentred, GroupCentred, GroupNor
 from locum.reinforce.base import Piece, Policy, Run, Stage
 from locum.reinforce.collect import Flat, Informative, Overlong
 from locum.reinforce.d3s import D3S
+from locum.reinforce.hapo import HAPO, HAPOAdvantage, HAPOClip, HAPORedistribute, HAPOTemperature
 from locum.reinforce.likelihood import Autoregressive
 from locum.reinforce.losses import KL, Clip, Constant, SequenceMean, SequenceRatio, SequenceSum, TokenMean, TokenRatio
 from locum.reinforce.recipe import HOSTS, Plan, Recipe
@@ -24,6 +25,7 @@ from locum.reinforce.recipe import HOSTS, Plan, Recipe
 __all__ = [
     "D3S",
     "GAE",
+    "HAPO",
     "HOSTS",
     "KL",
     "Autoregressive",
@@ -33,6 +35,10 @@ __all__ = [
     "Flat",
     "GroupCentred",
     "GroupNormalised",
+    "HAPOAdvantage",
+    "HAPOClip",
+    "HAPORedistribute",
+    "HAPOTemperature",
     "Informative",
     "LeaveOneOut",
     "Overlong",
