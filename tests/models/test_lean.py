@@ -7,7 +7,7 @@ from torch import nn
 
 from locum.models import Session, tiny
 from locum.models.cache import TreeCache
-from locum.models.lean import lean_forward
+from locum.models.lean import _linear, lean_forward
 
 TREE = [9, 8, 7, 9, 1, 2], [-1, 0, 0, 1, 1, 4]
 
@@ -69,13 +69,15 @@ def test_several_texts_at_once(name):
             torch.testing.assert_close(found, want[:, -1], atol=1e-5, rtol=1e-5)
 
 
-def test_more_rows_than_the_small_product_takes():
-    """Prompts above 64 rows take another road through the matrix product."""
-    lean, module = both(family("llama-biases"))
-    ids = [i % VOCAB for i in range(100)]
-    for part in (ids[:64], ids[:65], ids):
-        a, b = (s.prefill(part) for s in (lean, module))
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+@pytest.mark.parametrize("rows", [1, 2, 5, 64, 65])
+@pytest.mark.parametrize("bias", [True, False])
+def test_every_road_through_a_matrix_product(rows, bias):
+    """Small weights and many rows go one way, large weights and few rows the other."""
+    with torch.random.fork_rng(devices=[]), torch.inference_mode():
+        torch.manual_seed(0)
+        for width in (16, 600):
+            layer, x = nn.Linear(width, width, bias=bias), torch.randn(rows, width)
+            torch.testing.assert_close(_linear(x, layer), layer(x), atol=1e-5, rtol=1e-5)
 
 
 def test_positions_beyond_the_kept_table():
