@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from locum.errors import UserError
 
-__all__ = ["Generated", "Rollouts", "pad_left", "uniforms"]
+__all__ = ["Generated", "Rollouts", "pad_left", "seeds", "uniforms"]
 
 PerToken = Float[Tensor, "rows tokens"]
 
@@ -194,6 +194,12 @@ def uniforms(seed: int, rows: Int[Tensor, " rows"], columns: int) -> Float[Tenso
     at = torch.arange(columns, device=rows.device)
     x = _mixed(_mixed(torch.full_like(rows, seed)) ^ rows)[:, None] ^ at
     return (_mixed(x) >> 16 & 0xFFFFFF).float() / (1 << 24)
+
+
+def seeds(draws: Float[Tensor, "rows _T"]) -> Int[Tensor, " rows"]:
+    """A whole number per row, made of its first two draws: what further draws of that row can depend on, as `rows` of `uniforms`."""
+    digits = (draws[:, :2].double() * (1 << 24)).long()
+    return digits[:, 0] * (1 << 24) + digits[:, -1]
 
 
 def _mixed(x: Int[Tensor, "*n"]) -> Int[Tensor, "*n"]:
