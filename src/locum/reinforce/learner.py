@@ -24,7 +24,7 @@ from locum.reinforce.base import Asked, PerToken, Run
 from locum.reinforce.old_policy import columns_of, old_policy
 from locum.reinforce.recipe import Plan, Recipe
 from locum.tokens.groups import group_stats
-from locum.tokens.rollouts import Rollouts, uniforms
+from locum.tokens.rollouts import Rollouts, seeds, uniforms
 from locum.tokens.sampling import Sampling
 
 __all__ = ["Alone", "Learner", "Problem", "Settings"]
@@ -140,6 +140,11 @@ class Learner:
         self.run.step += 1
         return figures | clock.figures(figures)
 
+    @property
+    def _seed(self) -> int:
+        """Of the draws of this step."""
+        return self.seed * 1_000_003 + self.run.step
+
     # Rollouts.
 
     def collect(self, problems: Prompts) -> tuple[Rollouts | None, dict[str, float]]:
@@ -181,10 +186,9 @@ class Learner:
         numbers = numbers + batch * FAR
         memory = self.run.memory.get("temperature", {})
         heat = self.recipe.temperature.heat(memory) if self.recipe.temperature is not None else None
-        seed = self.seed * 1_000_003 + self.run.step
 
         def generate(prefixes: Sequence[Sequence[int]], copies: int, room: Sequence[int], rows: Tensor) -> Any:
-            draws = uniforms(seed, rows, max(room))
+            draws = uniforms(self._seed, rows, max(room))
             ask = (self.policy, prefixes, copies, room, draws, heat, self.sampling)
             return self.recipe.likelihood.generate(*ask)
 
@@ -223,24 +227,26 @@ class Learner:
         if s.epochs * s.minibatches > 1 or recipe.likelihood.redraws:
             want |= {"old_logp"}
         want -= recipe.sample.makes  # known since the rows were sampled
+        # Whatever processes and batches the rows come from and go to, they are in one order here.
+        order = torch.arange(len(rollouts), device=rollouts.device)
+        numbers = seeds(uniforms(-1 - self._seed, order, 2))
+        asked: list[Plan] = []  # of the policy as it is before any update
+        with clock("old policy"):
+            for epoch in range(s.epochs if recipe.likelihood.redraws else 1):
+                facts = {"number": numbers, "epoch": torch.full_like(rollouts.group, epoch)}
+                seen = self._asked(rollouts.with_facts(**facts), want)
+                asked.append(recipe.prepare(seen, self.run))
         figures: dict[str, float] = {}
-        plan: Plan | None = None
-        seen = rollouts
         for epoch in range(s.epochs):
-            if plan is None or recipe.likelihood.redraws:
-                with clock("old policy"):
-                    seen = self._asked(rollouts.with_facts(epoch=torch.full_like(rollouts.group, epoch)), want)
-                    plan = recipe.prepare(seen, self.run)
             with clock("update"):
                 before = figures.get("trained_tokens", 0.0)
-                figures |= self._epoch(plan, epoch)
+                figures |= self._epoch(asked[epoch % len(asked)], epoch)
                 figures["trained_tokens"] += before
         for stage in recipe.stages:
             kept = stage.remember(seen, self.run.memory.get(stage.slot, {}))
             if kept:
                 self.run.memory[stage.slot] = kept
-        assert plan is not None
-        return figures | dict(plan.logs)
+        return figures | dict(asked[-1].logs)
 
     def _asked(self, rollouts: Rollouts, want: frozenset[str]) -> Rollouts:
         """What the recipe needs of the old policy: each process asks for its own share of whole groups, all get everything."""
