@@ -27,6 +27,7 @@ from locum.align.base import Example, Method, PairBatch, TokenStats
 from locum.align.statistics import BASE, LOGP_REF, ModelScorer, Scorer, collate, statistics
 from locum.errors import UserError
 from locum.method import to_yaml
+from locum.models.training import without_dropout
 
 __all__ = ["Collator", "Trainer", "align_arguments", "last_checkpoint"]
 

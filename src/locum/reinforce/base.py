@@ -20,7 +20,7 @@ A[i,t], ratio r[i,t] = pi/old. Logarithms are natural.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -61,6 +61,7 @@ Memory = dict[str, Any]  # plain data and tensors
 Bound = float | PerToken
 
 
+@runtime_checkable
 class Policy(Protocol):
     """What the pipeline asks of a model that writes from left to right."""
 
@@ -100,6 +101,7 @@ class Run:
         return min(1.0, max(0.0, self.step / max(self.total, 1)))
 
 
+@runtime_checkable
 class Composed(Protocol):
     """What a stage can see of the recipe that it is part of."""
 

@@ -74,7 +74,8 @@ class Clip(Stage):
     """No gain beyond the bounds, and so no gradient there.
 
     Args:
-        low, high: how far a ratio may go below and above 1; >= 0, inf for no bound.
+        low: how far a ratio may go below 1; >= 0, inf for no bound.
+        high: how far it may go above 1; likewise.
         dual: the most that a ratio may cost where the advantage is negative, > 1; None for no bound.
         patience: a batch whose mean ratio exceeds it is passed over; None never.
     """
