@@ -20,7 +20,7 @@ from locum.errors import UserError
 from locum.tokens import logprobs as lp
 from locum.tokens.tiles import Scores
 
-__all__ = ["TAPS", "adapter", "score", "unwrapped"]
+__all__ = ["TAPS", "adapter", "score", "stands_alone", "unwrapped"]
 
 Reduce = Callable[[Tensor], Tensor]
 PARTS = {  # what the parts of a layer are called in different models
@@ -56,7 +56,7 @@ def score(
     known = inspect.signature(type(inner).forward).parameters
     if "position_ids" in known and not bool(attention_mask[:, 0].all()):
         arguments["position_ids"] = lp.positions(attention_mask)  # models count from the first column unless told
-    alone = _stands_alone(head) and getattr(inner, "_locum_linear_head", True)
+    alone = stands_alone(head) and getattr(inner, "_locum_linear_head", True)
     if alone and "logits_to_keep" in known:
         arguments["logits_to_keep"] = 1
 
@@ -93,7 +93,7 @@ def score(
     return Scores(hidden, weight, bias, heard)
 
 
-def _stands_alone(head: Any) -> bool:
+def stands_alone(head: Any) -> bool:
     """Whether the head is a matrix that can be used outside the model: no adapter, no hook, no shard of a weight."""
     if type(head) is not nn.Linear or head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head):
         return False
