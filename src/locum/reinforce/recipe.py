@@ -458,6 +458,8 @@ def _piece(term: str) -> Piece:
 
 def _literal(node: ast.expr) -> Any:
     """A plain value; inf too."""
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) and isinstance(node.operand, ast.Name):
+        return -_literal(node.operand)
     if isinstance(node, ast.Name) and node.id == "inf":
         return float("inf")
     return ast.literal_eval(node)
