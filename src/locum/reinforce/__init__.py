@@ -21,6 +21,7 @@ from locum.reinforce.hapo import HAPO, HAPOAdvantage, HAPOClip, HAPORedistribute
 from locum.reinforce.likelihood import Autoregressive
 from locum.reinforce.losses import KL, Clip, Constant, SequenceMean, SequenceRatio, SequenceSum, TokenMean, TokenRatio
 from locum.reinforce.recipe import HOSTS, Plan, Recipe
+from locum.reinforce.thr import THR
 
 __all__ = [
     "D3S",
@@ -28,6 +29,7 @@ __all__ = [
     "HAPO",
     "HOSTS",
     "KL",
+    "THR",
     "Autoregressive",
     "BatchCentred",
     "Clip",
