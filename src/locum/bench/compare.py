@@ -18,7 +18,7 @@ from rich.table import Table
 from locum.bench.engines import Engine, Runner, Unit
 from locum.bench.engines import engine as engine_named
 from locum.bench.measures import Measure, aggregate
-from locum.bench.progress import Bar
+from locum.progress import Bar
 from locum.bench.report import Page, Part, html, table
 from locum.bench.store import Row, Store, latest
 from locum.errors import UserError

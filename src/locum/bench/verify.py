@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from locum.bench.machine import environment, machine
-from locum.bench.progress import Bar
+from locum.progress import Bar
 from locum.bench.store import Lines, Row
 from locum.errors import UserError, unknown
 from locum.files import write_atomically

@@ -91,6 +91,9 @@ class Alone:
         """Around one of several backward passes of an optimiser step."""
         return nullcontext()
 
+    def ready(self, parameters: Sequence[Tensor]) -> None:
+        """Make the gradients those of all processes, where they are not yet."""
+
 
 @dataclass
 class Learner:
@@ -111,7 +114,7 @@ class Learner:
 
     recipe: Recipe
     policy: Any
-    optimizer: torch.optim.Optimizer
+    optimizer: Any
     reward: Reward
     run: Run = field(default_factory=Run)
     seed: int = 0
@@ -119,6 +122,7 @@ class Learner:
     settings: Settings = field(default_factory=Settings)
     reference: Callable[[], AbstractContextManager[Any]] | None = None
     processes: Any = field(default_factory=Alone)
+    changed: bool = field(default=False, init=False)  # whether the step that is on has changed the policy already
 
     def __post_init__(self) -> None:
         if "ref_logp" in self.recipe.needs and self.reference is None:
@@ -132,7 +136,7 @@ class Learner:
         Args:
             problems: of the step; a function where a recipe that filters groups may ask for more of them.
         """
-        clock = _Clock()
+        clock, self.changed = _Clock(), False
         with clock("rollout"):
             rollouts, figures = self.collect(problems if callable(problems) else lambda batch: problems)
         if rollouts is not None:
@@ -303,10 +307,12 @@ class Learner:
                 logs["loss"] = loss.detach()
                 sums = {name: sums.get(name, torch.zeros(())) + x.double().cpu() for name, x in logs.items()}
         parameters = [x for group in self.optimizer.param_groups for x in group["params"]]
+        p.ready(parameters)
         limit = float("inf") if s.max_grad_norm is None else s.max_grad_norm
         norm = float(nn.utils.clip_grad_norm_(parameters, limit))
         if norm != norm or norm == float("inf"):
             raise UserError(f"the gradient's norm is {norm} in step {self.run.step}: nothing was changed by it")
+        self.changed = True
         self.optimizer.step()
         names = sorted({*sums, "tokens", "ratio", "kl", "clipped_low", "clipped_high", "loss"})
         summed = p.total(
