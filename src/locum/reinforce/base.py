@@ -428,5 +428,5 @@ class Penalty(Stage):
     slot: ClassVar[str] = "penalty"
 
     @abstractmethod
-    def __call__(self, logp: PerToken, rollouts: Rollouts) -> PerToken:
+    def __call__(self, logp: PerToken, ratio: PerToken, rollouts: Rollouts) -> PerToken:
         """Per token, with gradient, its coefficient included."""

@@ -161,9 +161,11 @@ class KL(Penalty):
 
     Args:
         beta: weight, >= 0; 0 asks for no reference.
+        corrected: multiply by the ratio, so that the gradient too is that of KL(pi || ref) (TRL's default).
     """
 
     beta: float = 0.04
+    corrected: bool = False
 
     def __post_init__(self) -> None:
         require(self, "beta", 0 <= self.beta < INF, "finite and >= 0")
@@ -172,11 +174,11 @@ class KL(Penalty):
     def needs(self) -> frozenset[str]:
         return frozenset({"ref_logp"}) if self.beta else frozenset()
 
-    def __call__(self, logp: PerToken, rollouts: Rollouts) -> PerToken:
+    def __call__(self, logp: PerToken, ratio: PerToken, rollouts: Rollouts) -> PerToken:
         if not self.beta:
             return torch.zeros_like(logp)
         gap = (rollouts.columns["ref_logp"] - logp).clamp(-20, 20)
-        return self.beta * (gap.exp() - gap - 1)
+        return self.beta * (gap.exp() - gap - 1) * (ratio if self.corrected else 1.0)
 
 
 def _or_one(x: PerRow) -> PerRow:

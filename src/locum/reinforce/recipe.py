@@ -296,7 +296,7 @@ class Recipe:
             weight = weight if factor is None else weight * factor
         loss = weight * clip(ratio, plan.advantages, low, high)
         if (penalty := self._one("penalty")) is not None:
-            loss = loss + penalty(logp, rollouts)
+            loss = loss + penalty(logp, ratio, rollouts)
         if (beside := self.advantage.beside(columns, rollouts)) is not None:
             loss = loss + beside
         loss = torch.where(keep, loss, 0.0)
