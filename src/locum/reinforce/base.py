@@ -191,6 +191,10 @@ class Stage(Piece):
         """Columns of its own, from the old policy's scores at the completions of whole groups. Rewards are known by then."""
         return {}
 
+    def figures(self, rollouts: Rollouts, run: Run) -> dict[str, float]:
+        """Figures to log of the whole batch, with its signals in the columns and in `run` what was kept of earlier ones."""
+        return {}
+
     def remember(self, rollouts: Rollouts, memory: Memory) -> Memory:
         """What it keeps for the next step: plain data and tensors, given the whole batch and what it kept before."""
         return memory
@@ -378,6 +382,17 @@ class Adapt(Stage):
     def bounds(self, rollouts: Rollouts, low: Bound, high: Bound) -> tuple[Bound, Bound]:
         """How far a ratio may go down and up."""
         return low, high
+
+    def sums(
+        self, rollouts: Rollouts, keep: Mask, factor: PerToken | None, below: Mask, above: Mask
+    ) -> dict[str, Tensor]:
+        """Figures to log of a minibatch, as sums over kept tokens; they are shown per token.
+
+        Args:
+            factor: what `weight` said.
+            below, above: the kept tokens that were clipped at their lower and at their upper bound.
+        """
+        return {}
 
 
 @dataclass(frozen=True)

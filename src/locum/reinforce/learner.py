@@ -303,9 +303,9 @@ class Learner:
                 columns = self.recipe.likelihood.columns(self.policy, part.rollouts, self.recipe.live | {"logp"})
                 loss, logs = self.recipe.loss(part, columns, total)
                 p.backward(loss * (0.0 if idle else float(p.world)))
-            if not idle:
-                logs["loss"] = loss.detach()
-                sums = {name: sums.get(name, torch.zeros(())) + x.double().cpu() for name, x in logs.items()}
+            logs["loss"] = loss.detach()
+            counted = 0.0 if idle else 1.0  # an idle process names the same figures
+            sums = {name: sums.get(name, torch.zeros(())) + counted * x.double().cpu() for name, x in logs.items()}
         parameters = [x for group in self.optimizer.param_groups for x in group["params"]]
         p.ready(parameters)
         limit = float("inf") if s.max_grad_norm is None else s.max_grad_norm
@@ -314,10 +314,8 @@ class Learner:
             raise UserError(f"the gradient's norm is {norm} in step {self.run.step}: nothing was changed by it")
         self.changed = True
         self.optimizer.step()
-        names = sorted({*sums, "tokens", "ratio", "kl", "clipped_low", "clipped_high", "loss"})
-        summed = p.total(
-            torch.stack([sums.get(n, torch.zeros((), dtype=torch.float64)).double() for n in names])
-        ).tolist()
+        names = sorted(sums)
+        summed = p.total(torch.stack([sums[n] for n in names])).tolist()
         return dict(zip(names, summed, strict=True)) | {"grad_norm": norm, "steps": 1.0}
 
 

@@ -25,6 +25,7 @@ from locum.errors import UserError, unknown
 from locum.method import names
 from locum.reinforce.advantages import GAE, BatchCentred, GroupAdvantage, GroupCentred, GroupNormalised, LeaveOneOut
 from locum.reinforce.base import (
+    Adapt,
     Advantage,
     Aggregate,
     Filter,
@@ -135,7 +136,8 @@ class Recipe:
                     )
         provided = KNOWN | self.likelihood.provides | self.sample.makes
         for stage in self.stages:
-            for need in sorted(stage.needs - provided):
+            live = stage.live if isinstance(stage, Adapt) else frozenset()
+            for need in sorted((stage.needs | live) - provided):
                 raise UserError(
                     f"{type(stage).__name__} needs {need!r}, which neither {type(self.likelihood).__name__} nor "
                     f"{type(self.sample).__name__} can tell"
@@ -241,6 +243,8 @@ class Recipe:
         for adapt in self._all("adapt"):
             if not adapt.live:
                 rollouts = rollouts.with_columns(**adapt.signals(rollouts))
+        for each in self.stages:
+            logs |= each.figures(rollouts, run)
         count = self.aggregate.count(self.aggregate.counted(keep, rollouts.mask, weight), run)
         rows = keep.any(-1)
         left_out = count[~rows].sum() / rows.sum().clamp(min=1)
@@ -286,6 +290,7 @@ class Recipe:
         clip, weight = self.clip, plan.weight
         low: float | PerToken = clip.low
         high: float | PerToken = clip.high
+        read: list[tuple[Adapt, Rollouts, PerToken | None]] = []
         for stage in self._all("adapt"):
             seen = rollouts
             if stage.live:
@@ -294,6 +299,7 @@ class Recipe:
             low, high = stage.bounds(seen, low, high)
             factor = stage.weight(ratio.detach(), seen, clip.low, clip.high)
             weight = weight if factor is None else weight * factor
+            read.append((stage, seen, factor))
         loss = weight * clip(ratio, plan.advantages, low, high)
         if (penalty := self._one("penalty")) is not None:
             loss = loss + penalty(logp, ratio, rollouts)
@@ -304,9 +310,15 @@ class Recipe:
         counted = self.aggregate.counted(keep, rollouts.mask, plan.weight)
         value = self.aggregate.rows(loss, counted).sum() / torch.where(total == 0, 1.0, total)
         with torch.no_grad():
-            logs = _logs(ratio, plan.advantages, keep, low, high)
-            if clip.patience is not None and logs["ratio"] > clip.patience * logs["tokens"]:
-                value, logs["passed_over"] = value * 0.0, torch.ones(())
+            below = keep & (ratio < 1 - low) & (plan.advantages < 0)
+            above = keep & (ratio > 1 + high) & (plan.advantages > 0)
+            logs = _logs(ratio, keep, below, above)
+            for stage, seen, factor in read:
+                logs |= stage.sums(seen, keep, factor, below, above)
+            if clip.patience is not None:
+                logs["passed_over"] = (logs["ratio"] > clip.patience * logs["tokens"]).to(ratio.dtype)
+        if "passed_over" in logs:
+            value = value * (1.0 - logs["passed_over"])
         if not torch.isfinite(value):
             raise UserError(_not_finite(logp, loss, rollouts))
         return value, logs
@@ -372,15 +384,15 @@ def _items(piece: Piece) -> tuple[Piece, ...]:
     return piece.items if isinstance(piece, Pieces) else (piece,)
 
 
-def _logs(ratio: PerToken, advantages: PerToken, keep: Mask, low: Any, high: Any) -> dict[str, Tensor]:
+def _logs(ratio: PerToken, keep: Mask, below: Mask, above: Mask) -> dict[str, Tensor]:
     """Sums over kept tokens; divide by "tokens"."""
     ratio = ratio.detach()
     return {
         "tokens": keep.sum().to(ratio.dtype),
         "ratio": torch.where(keep, ratio, 0.0).sum(),
         "kl": torch.where(keep, ratio - 1 - ratio.clamp(min=1e-9).log(), 0.0).sum(),
-        "clipped_low": (keep & (ratio < 1 - low) & (advantages < 0)).sum().to(ratio.dtype),
-        "clipped_high": (keep & (ratio > 1 + high) & (advantages > 0)).sum().to(ratio.dtype),
+        "clipped_low": below.sum().to(ratio.dtype),
+        "clipped_high": above.sum().to(ratio.dtype),
     }
 
 
