@@ -18,6 +18,7 @@ COMMANDS = {
     "compare": ("bench", "Compare", "methods of a family side by side, on your model and data or on what ships"),
     "decode": ("decode", "Decode", "continue a text with one method"),
     "align": ("align", "Align", "train a model on preference pairs with one method"),
+    "reinforce": ("reinforce", "Reinforce", "train a model on problems with checkable answers, by a recipe"),
 }
 
 

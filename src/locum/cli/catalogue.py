@@ -1,20 +1,32 @@
 """``locum papers``, ``show`` and ``cite``."""
 
+import importlib
 import json as jsonlib
 import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from rich.padding import Padding
+from rich.table import Table
 from rich.text import Text
 from tyro.conf import Positional
 
 from locum.cli.command import Command, console, emit, table
 from locum.errors import UserError, unknown
-from locum.method import names, parameters
+from locum.method import parameters, to_yaml
 from locum.paper import FAMILIES, Paper, catalogue, claims_folder, find
 
 __all__ = ["Cite", "Papers", "Show"]
+
+BASELINES = (
+    "ppo",
+    "reinforce",
+    "rloo",
+    "grpo",
+    "dr_grpo",
+    "dapo",
+    "gspo",
+)  # recipes that are no paper of the catalogue
 
 
 @dataclass(frozen=True)
@@ -67,7 +79,7 @@ class Show(Command):
     """One method: what it does, its parameters, its citation, its last verified claim, an example.
 
     Args:
-        slug: the paper's name in the catalogue.
+        slug: the paper's name in the catalogue; or a recipe of `locum reinforce`, e.g. "dapo + d3s", drawn as its pipeline.
         json: print one JSON document.
     """
 
@@ -76,11 +88,16 @@ class Show(Command):
     json: bool = False
 
     def run(self) -> int:
-        paper: Paper = find(self.slug)
+        paper = find(self.slug, default=None)
+        if paper is None and (recipe := self._recipe()) is not None:
+            return self._show_recipe(recipe)
+        paper = find(self.slug)
         fields = parameters(_main_class(paper)) if paper.state != "planned" else []
         claim = _claim(paper)
         if self.json:
             more = {"authors": list(paper.authors), "venue": paper.venue, "text": paper.text, "example": paper.example}
+            drawn = _paper_recipe(paper)
+            more |= {"pipeline": drawn.pipeline()} if drawn is not None else {}
             emit(paper.to_json() | more | {"parameters": fields, "verified": claim, "bibtex": paper.bibtex()})
             return 0
         out = console()
@@ -92,6 +109,10 @@ class Show(Command):
         if paper.text:
             out.print()
             out.print(_reflowed(paper.text), markup=False)
+        drawn = _paper_recipe(paper)
+        if drawn is not None:
+            out.print(f"\n[bold]Pipeline[/bold] of the recipe {paper.slug}, on {drawn.host}")
+            out.print(Padding(_pipeline(drawn), (0, 0, 0, 2)))
         if fields:
             grid = table("parameter", "type", "default", "")
             for f in fields:
@@ -111,13 +132,53 @@ class Show(Command):
         out.print(f"\nCitation: locum cite {paper.slug}")
         return 0
 
+    def _recipe(self) -> Any:
+        """The recipe of `reinforce` that was named instead of a paper: a baseline, or several terms; None if it is neither."""
+        first = self.slug.split("+")[0].strip()
+        if "+" not in self.slug and first not in BASELINES:
+            return None
+        from locum.reinforce import Recipe
+
+        return Recipe.read(self.slug)
+
+    def _show_recipe(self, recipe: Any) -> int:
+        if self.json:
+            emit({"recipe": str(recipe), "pipeline": recipe.pipeline(), "yaml": to_yaml(recipe)})
+            return 0
+        out = console()
+        out.print(Text(f"{recipe}\n", "bold"))
+        out.print(_pipeline(recipe))
+        out.print(f"\nAs YAML, for locum reinforce --recipe FILE.yaml:\n\n{to_yaml(recipe)}", markup=False)
+        return 0
+
 
 def _main_class(paper: Paper) -> type:
-    here = names(paper.family)
-    for name in here:
-        if here.module(name) == f"locum.{paper.family}.{paper.slug}":
-            return here[name]
-    raise UserError(f"{paper.family}/{paper.slug}.py defines no method")
+    """The first name that a paper's file exports."""
+    module = importlib.import_module(f"locum.{paper.family}.{paper.slug}")
+    return getattr(module, module.__all__[0])
+
+
+def _pipeline(recipe: Any) -> Table:
+    """The stages of a recipe, one below the other; those of a minibatch stand apart."""
+    grid = table("slot", "stage", "from")
+    before = "batch"
+    for row in recipe.pipeline():
+        if row["each"] != before:
+            grid.add_section()
+            grid.add_row(Text("each minibatch", "dim"), "", "")
+            before = row["each"]
+        own = row["from"] != recipe.host
+        grid.add_row(row["slot"], Text(row["stage"], "bold" if own else ""), Text(row["from"], "" if own else "dim"))
+    return grid
+
+
+def _paper_recipe(paper: Paper) -> Any:
+    """What a paper of `reinforce` is as a recipe; None for those of other families."""
+    if paper.family != "reinforce" or paper.state == "planned":
+        return None
+    from locum.reinforce.recipe import of
+
+    return of(_main_class(paper)())
 
 
 def _claim(paper: Paper) -> dict[str, Any] | None:

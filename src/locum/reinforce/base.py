@@ -25,6 +25,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from locum.errors import UserError
 from locum.method import require
 from locum.tokens.rollouts import Generated, PerToken, Rollouts
 from locum.tokens.sampling import Sampling
@@ -212,6 +213,16 @@ class Likelihood(Stage):
     redraws: ClassVar[bool] = (
         False  # its log-probabilities are estimates, drawn anew for every epoch (the fact "epoch")
     )
+
+    def policy(self, lm: Any, engine: Any = None) -> Any:
+        """What it asks, made of a language model; `engine` samples in the model's place.
+
+        Raises: UserError where that cannot be.
+        """
+        raise UserError(
+            f"{type(self).__name__} asks another kind of policy than a language model that writes from left to right: "
+            "make one and give it to the Trainer"
+        )
 
     @abstractmethod
     def generate(

@@ -31,6 +31,11 @@ class Autoregressive(Likelihood):
     def __post_init__(self) -> None:
         require(self, "temperature", 0 < self.temperature < float("inf"), "finite and > 0")
 
+    def policy(self, lm: Any, engine: Any = None) -> Any:
+        from locum.reinforce.policy import TextPolicy  # brings a model library; recipes do without
+
+        return TextPolicy(lm, engine=engine)
+
     def generate(
         self,
         policy: Any,
