@@ -59,7 +59,7 @@ from torch import Tensor
 from locum.errors import UserError
 from locum.method import require
 from locum.reinforce.advantages import GroupAdvantage, GroupNormalised
-from locum.reinforce.base import Adapt, Bound, Composed, Heat, Mask, Memory, PerToken, Piece, Stage, Temperature
+from locum.reinforce.base import Adapt, Bound, Composed, Heat, Mask, Memory, PerToken, Piece, Run, Stage, Temperature
 from locum.tokens.groups import Groups
 from locum.tokens.rollouts import Rollouts
 from locum.tokens.tiles import tile_entropy, wide
@@ -111,7 +111,7 @@ class Scale:
             row, column = (mask & ~torch.isfinite(entropy)).nonzero()[0].tolist()
             raise UserError(f"HAPO: the entropy of token {column} of row {row} is {entropy[row, column].item()}")
         u = _log(h)
-        pivot = u.kthvalue(round(rho * (len(u) - 1)) + 1).values
+        pivot = _quantile(u, rho)
         spread = (u - pivot).square().mean().sqrt().clamp(min=LEAST)
         z = (u - pivot) / spread
         return Scale(pivot, spread, z.max().clamp(min=LEAST), z.min().clamp(max=-LEAST))
@@ -183,6 +183,15 @@ class HAPOTemperature(Temperature):
         else:
             z = scale.signal(entropy, self.reference_sign).clamp(-1, 1)
         return (1 + self.tau * z).clamp(COLDEST, HOTTEST)
+
+    def figures(self, rollouts: Rollouts, run: Run) -> dict[str, float]:
+        """What the batch was sampled at, in units of the base."""
+        memory = run.memory.get(self.slot, {})
+        if not self.tau or not memory:
+            return {}
+        factor = self.factor(rollouts.columns["entropy"][rollouts.mask], Scale(**memory))
+        named = {"coldest": factor.min(), "temperature": factor.mean(), "hottest": factor.max()}
+        return {f"hapo/{name}": float(x) for name, x in named.items()}
 
     def remember(self, rollouts: Rollouts, memory: Memory) -> Memory:
         if not self.tau:
@@ -267,6 +276,13 @@ class _Signalled(Adapt):
             return {}
         return {self.column: signal(rollouts.columns["entropy"], rollouts.mask, self.rho, self.reference_sign)}
 
+    def figures(self, rollouts: Rollouts, run: Run) -> dict[str, float]:
+        """Quantiles of the signal, where it is of the whole batch."""
+        if self.column not in rollouts.columns:
+            return {}
+        s = rollouts.columns[self.column][rollouts.mask]
+        return {f"hapo/signal_{q:.0%}": float(_quantile(s, q)) for q in (0.1, 0.5, 0.9)}
+
 
 @dataclass(frozen=True)
 class HAPORedistribute(_Signalled):
@@ -295,6 +311,13 @@ class HAPORedistribute(_Signalled):
         neutral = (ratio >= 1 - low / 2) & (ratio <= 1 + high / 2)
         return torch.where((s > 0) ^ neutral, 1 + self.adv_beta * s, 1.0)
 
+    def sums(
+        self, rollouts: Rollouts, keep: Mask, factor: PerToken | None, below: Mask, above: Mask
+    ) -> dict[str, Tensor]:
+        if factor is None:
+            return {}
+        return {"hapo/strengthened": (keep & (factor > 1)).sum(), "hapo/quietened": (keep & (factor < 1)).sum()}
+
 
 @dataclass(frozen=True)
 class HAPOClip(_Signalled):
@@ -313,6 +336,18 @@ class HAPOClip(_Signalled):
 
     def bounds(self, rollouts: Rollouts, low: Bound, high: Bound) -> tuple[Bound, Bound]:
         return self.widened(rollouts.columns[self.column], low, high) if self.on else (low, high)
+
+    def sums(
+        self, rollouts: Rollouts, keep: Mask, factor: PerToken | None, below: Mask, above: Mask
+    ) -> dict[str, Tensor]:
+        if not self.on:
+            return {}
+        decision = rollouts.columns[self.column] > 0
+        return {
+            f"hapo/clipped_{side}_{kind}": (cut & chosen).sum()
+            for side, cut in (("low", below), ("high", above))
+            for kind, chosen in (("decision", decision), ("routine", ~decision))
+        }
 
     def widened(self, s: PerToken, low: Bound, high: Bound) -> tuple[PerToken, PerToken]:
         """low' = min(low (1 + alpha max(-s, 0)), 0.999) and high' = high (1 + alpha max(s, 0))."""
@@ -359,6 +394,11 @@ class HAPO(Piece):
             HAPORedistribute(rho, stats, sign, self.adv_beta),
             HAPOClip(rho, stats, sign, self.alpha),
         )
+
+
+def _quantile(x: Float[Tensor, " n"], q: float) -> Float[Tensor, ""]:
+    """Of the nearest rank."""
+    return x.kthvalue(round(q * (len(x) - 1)) + 1).values
 
 
 def _log(entropy: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
