@@ -21,6 +21,8 @@ from locum.reinforce.hapo import HAPO, HAPOAdvantage, HAPOClip, HAPORedistribute
 from locum.reinforce.likelihood import Autoregressive
 from locum.reinforce.losses import KL, Clip, Constant, SequenceMean, SequenceRatio, SequenceSum, TokenMean, TokenRatio
 from locum.reinforce.recipe import HOSTS, Plan, Recipe
+from locum.reinforce.segments import SPOChainSample, SPOTreeSample
+from locum.reinforce.spo import SPOChain, SPOChainAdvantage, SPODrop, SPOMask, SPOTree, SPOTreeAdvantage, SPOWhiten
 from locum.reinforce.thr import THR
 
 __all__ = [
@@ -49,6 +51,15 @@ __all__ = [
     "Policy",
     "Recipe",
     "Run",
+    "SPOChain",
+    "SPOChainAdvantage",
+    "SPOChainSample",
+    "SPODrop",
+    "SPOMask",
+    "SPOTree",
+    "SPOTreeAdvantage",
+    "SPOTreeSample",
+    "SPOWhiten",
     "SequenceMean",
     "SequenceRatio",
     "SequenceSum",
