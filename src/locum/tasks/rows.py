@@ -53,6 +53,10 @@ class Rows(Sequence[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.rows)
 
+    def take(self, indices: Sequence[int]) -> "Rows":
+        """Some of the rows, in the order given."""
+        return replace(self, rows=[self.rows[i] for i in indices], numbers=[self.numbers[i] for i in indices])
+
 
 @dataclass(eq=False)
 class Faults:
