@@ -54,6 +54,7 @@ def test_texts_and_conversations_keep_their_columns():
         ({"prompt": "a"}, "row 1: has no 'answer', other than the first row"),
         ({"prompt": "a", "answer": 1, "level": 2}, "row 1: has a column 'level', other than the first row"),
         ({"prompt": "a", "answer": 1, "completions": []}, "row 1: has a column 'completions', a name that rewards use"),
+        ({"prompt": [ASKED], "answer": 1, "tools": "f"}, "row 1: tools is not JSON (Expecting value at column 1)"),
         ("a", "row 1: must be an object with prompt, got str"),
     ],
 )

@@ -17,10 +17,10 @@ from typing import Any
 from locum.errors import UserError, unknown
 from locum.reinforce.grader import packed, unpacked
 from locum.reinforce.rewards import gym
-from locum.tasks.chat import as_text, encode
+from locum.tasks.chat import as_text, encode, template_settings
 from locum.tasks.rows import BadRow, Rows, check_prompt, first_line, read_rows, text_or_messages
 
-__all__ = ["encode", "held_out", "read_problems", "reasoning_gym_problems"]
+__all__ = ["encode", "held_out", "read_problems", "reasoning_gym_problems", "template_settings"]
 
 TAKEN = ("prompts", "completions")  # what a reward is given beside the columns
 
@@ -29,7 +29,8 @@ def read_problems(source: Any, split: str | None = None) -> Rows:
     """The problems of a data set, checked: a sequence of dicts.
 
     "prompt" is a text, or a conversation that ends with a message to answer to. The other columns are the same in all rows;
-    they are kept as they are, and a reward gets them.
+    they are kept as they are, and a reward gets them. In conversations "tools" and "chat_template_kwargs" are for the chat
+    template: ``encode(lm, row["prompt"], **template_settings(row))``.
 
     Args:
         source: a .jsonl or .parquet file, a folder that `datasets` saved, a `datasets.Dataset`, or an iterable of dicts.
@@ -50,6 +51,8 @@ def read_problems(source: Any, split: str | None = None) -> Rows:
             raise BadRow(f"has a column {taken[0]!r}, a name that rewards use themselves")
         prompt = text_or_messages(row["prompt"], "prompt")
         check_prompt(prompt)
+        if not isinstance(prompt, str):
+            template_settings(row)  # they must be readable
         first[:] = first or [dict(row)]
         if differing := sorted(map(str, first[0].keys() ^ row.keys())):
             has = "has no" if differing[0] in first[0] else "has a column"
