@@ -21,11 +21,12 @@ SPO-tree (`SPOTree`), for long answers. A prompt gets b_0 segments of at most M 
 on; the last ones run to the end. V of a leaf is its reward, of an inner node the mean of its children's. An edge is a row: its
 prefix all of its parent's text, its group the parent, its reward V(child), and
 
-    norm "none"  A = V(child) - V(parent)                      expectation (b-1)/b of the true difference: the child is in the mean
-    norm "std"   the same over the deviation of the siblings, ddof 0, eps 1e-8
-    norm "loo"   A = V(child) - mean of the other siblings'    ours: b/(b-1) times "none", the true difference on the average
+    norm "none"  A = V(child) - V(parent)                    (b-1)/b of the true difference on average
+    norm "std"   that over the siblings' deviation           ddof 0, eps 1e-8
+    norm "loo"   A = V(child) - mean of the other siblings'  ours: the true difference on average
 
-Edges with A = 0 are left out, after the statistics are made. One depth without mask is GRPO with centred rewards.
+"none" is short of it because the child is in its parent's mean. Edges with A = 0 are left out, after the statistics are made. One
+depth without mask is GRPO with centred rewards.
 
 Both then train on the tokens with p_t < rho alone (`SPOMask`), with advantages whitened over those of an optimiser's batch
 (`SPOWhiten`: (A - mean)/sqrt(variance + 1e-8), as they are if the variance is below 1e-6), by the clipped loss per token.
