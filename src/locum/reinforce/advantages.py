@@ -19,48 +19,20 @@ Example:
     [[1.5, -0.5, -0.5, -0.5], [0.75, -0.25, -0.25, -0.25], [1.0, -0.33, -0.33, -0.33]]
 """
 
-import warnings
-from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
 
 from locum.method import require
-from locum.reinforce.base import Advantage, PerToken
+from locum.reinforce.base import Advantage, GroupAdvantage, PerRow, PerToken
 from locum.tokens import ppo
-from locum.tokens.groups import Groups, group_stats
+from locum.tokens.groups import Groups
 from locum.tokens.rollouts import Rollouts
 
-__all__ = ["GAE", "BatchCentred", "GroupAdvantage", "GroupCentred", "GroupNormalised", "LeaveOneOut"]
+__all__ = ["GAE", "BatchCentred", "GroupCentred", "GroupNormalised", "LeaveOneOut"]
 
-PerRow = Float[Tensor, " rows"]
 INF = float("inf")
-
-
-class GroupAdvantage(Advantage):
-    """One number per row, from the rewards of its group."""
-
-    def degrees(self) -> int:
-        """What is taken off the count in the deviation."""
-        return 0
-
-    @abstractmethod
-    def value(self, reward: PerRow, stats: Groups) -> PerRow:
-        """The advantage of a row among its group."""
-
-    def of_rows(self, reward: PerRow, group: Int[Tensor, " rows"], weight: PerRow | None = None) -> PerRow:
-        """A_i; 0 in level groups, for a row that is alone, and for one without a reward. Weights: what each row counts."""
-        stats = group_stats(reward, group, self.degrees(), weight)
-        if bool(((stats.count == 1) & stats.known).any()):
-            warnings.warn("a group has one row only: its advantage is 0", stacklevel=2)
-        silent = stats.level | ~stats.known | (stats.count < 2)
-        return torch.where(silent, 0.0, self.value(reward, stats))
-
-    def __call__(self, rollouts: Rollouts) -> PerToken:
-        return self.of_rows(rollouts.reward, rollouts.group)[:, None] * rollouts.mask
 
 
 @dataclass(frozen=True)

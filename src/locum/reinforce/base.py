@@ -17,6 +17,7 @@ Notation: rows i, completion tokens t, mask m[i,t], kept tokens k[i,t] (m and al
 A[i,t], ratio r[i,t] = pi/old. Logarithms are natural.
 """
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from locum.errors import UserError
 from locum.method import require
+from locum.tokens.groups import Groups, group_stats
 from locum.tokens.rollouts import Generated, PerToken, Rollouts
 from locum.tokens.sampling import Sampling
 from locum.tokens.tiles import Scores
@@ -39,10 +41,12 @@ __all__ = [
     "Choice",
     "Composed",
     "Filter",
+    "GroupAdvantage",
     "Heat",
     "Likelihood",
     "Normalise",
     "Penalty",
+    "PerRow",
     "PerToken",
     "Piece",
     "Pieces",
@@ -57,6 +61,7 @@ __all__ = [
 ]
 
 Mask = Bool[Tensor, "rows tokens"]
+PerRow = Float[Tensor, " rows"]
 Heat = Callable[[Float[Tensor, "r V"]], Float[Tensor, " r"]]  # logits about to be sampled -> a temperature per row
 Memory = dict[str, Any]  # plain data and tensors
 Bound = float | PerToken
@@ -332,6 +337,29 @@ class Advantage(Stage):
     def beside(self, columns: Mapping[str, PerToken], rollouts: Rollouts) -> PerToken | None:
         """A loss per token beside the policy's, with gradient into the current columns: a critic's."""
         return None
+
+
+class GroupAdvantage(Advantage):
+    """One number per row, from the rewards of its group."""
+
+    def degrees(self) -> int:
+        """What is taken off the count in the deviation."""
+        return 0
+
+    @abstractmethod
+    def value(self, reward: PerRow, stats: Groups) -> PerRow:
+        """The advantage of a row among its group."""
+
+    def of_rows(self, reward: PerRow, group: Int[Tensor, " rows"], weight: PerRow | None = None) -> PerRow:
+        """A_i; 0 in level groups, for a row that is alone, and for one without a reward. Weights: what each row counts."""
+        stats = group_stats(reward, group, self.degrees(), weight)
+        if bool(((stats.count == 1) & stats.known).any()):
+            warnings.warn("a group has one row only: its advantage is 0", stacklevel=2)
+        silent = stats.level | ~stats.known | (stats.count < 2)
+        return torch.where(silent, 0.0, self.value(reward, stats))
+
+    def __call__(self, rollouts: Rollouts) -> PerToken:
+        return self.of_rows(rollouts.reward, rollouts.group)[:, None] * rollouts.mask
 
 
 @dataclass(frozen=True, eq=False)

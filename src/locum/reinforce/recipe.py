@@ -23,12 +23,13 @@ from torch import Tensor
 
 from locum.errors import UserError, unknown
 from locum.method import names
-from locum.reinforce.advantages import GAE, BatchCentred, GroupAdvantage, GroupCentred, GroupNormalised, LeaveOneOut
+from locum.reinforce.advantages import GAE, BatchCentred, GroupCentred, GroupNormalised, LeaveOneOut
 from locum.reinforce.base import (
     Adapt,
     Advantage,
     Aggregate,
     Filter,
+    GroupAdvantage,
     Likelihood,
     Mask,
     PerToken,

@@ -29,7 +29,7 @@ from locum.reinforce.problems import encode, read_problems
 from locum.reinforce.recipe import Recipe
 from locum.reinforce.rewards import from_name
 from locum.reinforce.trainer import Arguments, Trainer
-from locum.tasks.chat import as_text
+from locum.tasks.chat import as_text, template_settings
 
 __all__ = ["Reinforced", "Texts", "reinforce"]
 
@@ -181,7 +181,7 @@ def reinforce(
 
 
 def _problems(lm: LM, rows: Sequence[Mapping[str, Any]], longest: int) -> tuple[list[Problem], int]:
-    problems = [Problem(encode(lm, row["prompt"]), row) for row in rows]
+    problems = [Problem(encode(lm, row["prompt"], **template_settings(row)), row) for row in rows]
     kept = [p for p in problems if len(p.ids) <= longest]
     return kept, len(problems) - len(kept)
 

@@ -1,0 +1,1 @@
+"""The family's pieces inside other people's trainers."""
