@@ -62,8 +62,20 @@ from jaxtyping import Float
 from torch import Tensor
 
 from locum.method import require
-from locum.reinforce.advantages import GroupAdvantage, GroupCentred, GroupNormalised, LeaveOneOut
-from locum.reinforce.base import Advantage, Choice, Composed, Mask, Normalise, PerToken, Piece, Run, Stage, Weigh
+from locum.reinforce.advantages import GroupCentred, GroupNormalised, LeaveOneOut
+from locum.reinforce.base import (
+    Advantage,
+    Choice,
+    Composed,
+    GroupAdvantage,
+    Mask,
+    Normalise,
+    PerToken,
+    Piece,
+    Run,
+    Stage,
+    Weigh,
+)
 from locum.reinforce.losses import Clip, TokenMean, TokenRatio
 from locum.reinforce.segments import SPOChainSample, SPOTreeSample, check, unsure
 from locum.tokens.rollouts import Rollouts
