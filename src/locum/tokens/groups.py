@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-__all__ = ["Groups", "group_stats", "index"]
+__all__ = ["Groups", "group_stats", "index", "members"]
 
 PerRow = Float[Tensor, " rows"]
 
@@ -18,6 +18,12 @@ def index(group: Int[Tensor, " rows"]) -> tuple[Int[Tensor, " rows"], int]:
     """Each row's group as 0, 1, 2, ..., and how many groups there are."""
     found, inverse = group.unique(return_inverse=True)
     return inverse, len(found)
+
+
+def members(group: Int[Tensor, " rows"]) -> tuple[Int[Tensor, " _"], ...]:
+    """The rows of each group, in the order of the groups' numbers."""
+    inverse, n = index(group)
+    return inverse.argsort(stable=True).split(inverse.bincount(minlength=n).tolist())
 
 
 @dataclass(frozen=True, eq=False)
