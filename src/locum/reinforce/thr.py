@@ -63,7 +63,7 @@ from locum.errors import UserError
 from locum.method import require
 from locum.reinforce.base import Choice, Mask, PerToken, Run, Stage, Weigh
 from locum.reinforce.losses import Clip, TokenMean
-from locum.tokens.groups import group_stats, index
+from locum.tokens.groups import group_stats, index, members
 from locum.tokens.logprobs import masked_mean
 from locum.tokens.rollouts import Rollouts
 from locum.tokens.tiles import Scores, Tile, over_tiles, wide
@@ -131,9 +131,8 @@ class THR(Weigh):
             )
         row, ids = rollouts.mask.nonzero()[:, 0], rollouts.targets
         right = self.right(rollouts)[row]
-        order = (inverse := index(rollouts.group)[0][row]).argsort(stable=True)
         s = wide(scores.hidden[:0]).new_zeros(len(ids))
-        for at in order.split(inverse.bincount().tolist()):
+        for at in members(rollouts.group[row]):
             if right[at].any() and not right[at].all():
                 s[at] = influence(Scores(scores.hidden[at], scores.head, scores.bias), ids[at], right[at], self.vocab)
         return {"thr_influence": rollouts.spread(s), "thr_correct": rollouts.spread(right.to(s.dtype))}
