@@ -24,6 +24,7 @@ from locum.reinforce.recipe import HOSTS, Plan, Recipe
 from locum.reinforce.segments import SPOChainSample, SPOTreeSample
 from locum.reinforce.spo import SPOChain, SPOChainAdvantage, SPODrop, SPOMask, SPOTree, SPOTreeAdvantage, SPOWhiten
 from locum.reinforce.thr import THR
+from locum.reinforce.twgrpo import TWGRPO, SoftChoice
 
 __all__ = [
     "D3S",
@@ -32,6 +33,7 @@ __all__ = [
     "HOSTS",
     "KL",
     "THR",
+    "TWGRPO",
     "Autoregressive",
     "BatchCentred",
     "Clip",
@@ -63,6 +65,7 @@ __all__ = [
     "SequenceMean",
     "SequenceRatio",
     "SequenceSum",
+    "SoftChoice",
     "Stage",
     "TokenMean",
     "TokenRatio",
