@@ -124,18 +124,19 @@ def test_a_row_ends_with_its_end_of_sequence_or_its_room(lm):
     assert {1, 2, 3, 6} <= set(lengths)  # an end at the very limit is an end
 
 
-def fed(model: nn.Module) -> list[tuple[int, int]]:
-    """Shapes of what a model reads from now on."""
+def fed(layer: nn.Module) -> list[tuple[int, int]]:
+    """Rows and columns of what a layer reads from now on."""
     shapes: list[tuple[int, int]] = []
-    model.get_input_embeddings().register_forward_pre_hook(lambda _, given: shapes.append(tuple(given[0].shape)))
+    layer.register_forward_pre_hook(lambda _, given: shapes.append(tuple(given[0].shape[:2])))
     return shapes
 
 
 def test_copies_share_one_reading_of_their_prefix():
     lm = tiny(vocab_size=V, seed=1)
-    shapes = fed(lm.model)
+    shapes, scored = fed(lm.model.get_input_embeddings()), fed(lm.model.get_output_embeddings())
     drawn(lm, [[1, 2, 3], [4, 5, 6], [1, 2, 3]], 4, 5, eos_ids=set())
     assert shapes == [(2, 3)] + 4 * [(12, 1)]
+    assert scored == [(2, 1)] + 4 * [(12, 1)]  # no logits behind the other tokens of a prefix
     shapes.clear()
     drawn(lm, [[1, 2, 3]], 10, 3, eos_ids=set(), batch_rows=4)  # three parts, one reading
     assert shapes == [(1, 3)] + 2 * [(4, 1)] + 4 * [(3, 1)]
@@ -144,11 +145,18 @@ def test_copies_share_one_reading_of_their_prefix():
     assert shapes == [(2, 90), (2, 1), (1, 2), (1, 1)]
 
 
+def test_a_recurrent_state_meets_no_padding():
+    lm = MODELS["recurrent"]()
+    shapes = fed(lm.model.get_input_embeddings())
+    drawn(lm, PROMPTS, 1, 1, eos_ids=set())
+    assert shapes == [(1, 7), (1, 3), (1, 2), (1, 1)]
+
+
 def test_rows_that_are_done_leave():
     lm = tiny(vocab_size=V, seed=1, dtype=torch.float64)
     prefixes, room = [[1, 2], [3], [4], [5]], [1, 2, 3, 12]
     want = [drawn(lm, [p], 1, [r], [n])[0] for n, (p, r) in enumerate(zip(prefixes, room, strict=True))]
-    shapes = fed(lm.model)
+    shapes = fed(lm.model.get_input_embeddings())
     assert drawn(lm, prefixes, 1, room) == want
     assert [rows for rows, _ in shapes[:4]] == [4, 3, 2, 1]
 
@@ -169,6 +177,9 @@ def test_the_first_id_whose_cumulated_probability_exceeds_the_draw():
     assert p.min() > 1e-6
     made = generate(lm.model, [[1, 2]], V, [1], middles, eos_ids=set(), sampling=Sampling(0.7))
     assert made.ids[:, 0].tolist() == list(range(V))
+    none = torch.zeros(len(PROMPTS), 8)  # the first id that can come at all, not the first one
+    best = generate(lm.model, PROMPTS, 1, [8] * 5, None, eos_ids=EOS, sampling=GREEDY).lists()
+    assert generate(lm.model, PROMPTS, 1, [8] * 5, none, eos_ids=EOS, sampling=Sampling(1.0, top_k=1)).lists() == best
 
 
 @pytest.mark.parametrize(
