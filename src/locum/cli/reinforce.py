@@ -214,6 +214,6 @@ class Reinforce(Command):
 
 
 def _vllm(lm: Any) -> Any:
-    from locum.models.vllm import Engine
+    from locum.reinforce.policy import VLLM
 
-    return Engine(lm)
+    return VLLM(lm)
