@@ -17,6 +17,7 @@ from locum.reinforce.advantages import GAE, BatchCentred, GroupCentred, GroupNor
 from locum.reinforce.base import Piece, Policy, Run, Stage
 from locum.reinforce.collect import Flat, Informative, Overlong
 from locum.reinforce.d3s import D3S
+from locum.reinforce.gdpo import GDPO, DiffuGRPO
 from locum.reinforce.hapo import HAPO, HAPOAdvantage, HAPOClip, HAPORedistribute, HAPOTemperature
 from locum.reinforce.likelihood import Autoregressive
 from locum.reinforce.losses import KL, Clip, Constant, SequenceMean, SequenceRatio, SequenceSum, TokenMean, TokenRatio
@@ -29,6 +30,7 @@ from locum.reinforce.twgrpo import TWGRPO, SoftChoice
 __all__ = [
     "D3S",
     "GAE",
+    "GDPO",
     "HAPO",
     "HOSTS",
     "KL",
@@ -38,6 +40,7 @@ __all__ = [
     "BatchCentred",
     "Clip",
     "Constant",
+    "DiffuGRPO",
     "Flat",
     "GroupCentred",
     "GroupNormalised",
