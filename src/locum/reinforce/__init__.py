@@ -16,6 +16,7 @@ from typing import Any
 from locum.reinforce.advantages import GAE, BatchCentred, GroupCentred, GroupNormalised, LeaveOneOut
 from locum.reinforce.base import Piece, Policy, Run, Stage
 from locum.reinforce.collect import Flat, Informative, Overlong
+from locum.reinforce.cot2 import MTS, CoT2, Dirichlet
 from locum.reinforce.d3s import D3S
 from locum.reinforce.gdpo import GDPO, DiffuGRPO
 from locum.reinforce.hapo import HAPO, HAPOAdvantage, HAPOClip, HAPORedistribute, HAPOTemperature
@@ -34,13 +35,16 @@ __all__ = [
     "HAPO",
     "HOSTS",
     "KL",
+    "MTS",
     "THR",
     "TWGRPO",
     "Autoregressive",
     "BatchCentred",
     "Clip",
+    "CoT2",
     "Constant",
     "DiffuGRPO",
+    "Dirichlet",
     "Flat",
     "GroupCentred",
     "GroupNormalised",
