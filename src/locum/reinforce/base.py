@@ -216,9 +216,7 @@ class Likelihood(Stage):
 
     slot: ClassVar[str] = "likelihood"
     provides: ClassVar[frozenset[str]] = frozenset()
-    redraws: ClassVar[bool] = (
-        False  # its log-probabilities are estimates, drawn anew for every epoch (the fact "epoch")
-    )
+    redraws: ClassVar[bool] = False  # its log-probabilities are estimates, drawn by the facts "number" and "epoch"
 
     def policy(self, lm: Any, engine: Any = None) -> Any:
         """What it asks, made of a language model; `engine` samples in the model's place.
