@@ -21,7 +21,7 @@ def columns_of(
     likelihood: Likelihood, policy: Any, rollouts: Rollouts, want: frozenset[str], rows: int = 64
 ) -> dict[str, Tensor]:
     """Columns under the policy as it is, `rows` completions at a time."""
-    chunks = torch.arange(len(rollouts)).split(rows)
+    chunks = _by_length(rollouts, rows)
     parts = [likelihood.columns(policy, rollouts[c.to(rollouts.device)].trimmed(), want) for c in chunks]
     return _joined(rollouts, chunks, parts)
 
@@ -45,7 +45,7 @@ def old_policy(
     observers = [stage for stage in recipe.stages if "scores" in stage.needs]
     own = (want & {"entropy", "value"}) | ({"logp"} if "old_logp" in want else set())
     parts: list[dict[str, Tensor]] = []
-    chunks = _whole_groups(rollouts, rows) if observers else torch.arange(len(rollouts)).split(rows)
+    chunks = _whole_groups(rollouts, rows) if observers else _by_length(rollouts, rows)
     for chunk in chunks:
         part = rollouts[chunk.to(rollouts.device)].trimmed()
         found: dict[str, Tensor] = {}
@@ -65,6 +65,11 @@ def old_policy(
                 found["ref_logp"] = recipe.likelihood.columns(other, part, frozenset({"logp"}))["logp"]
         parts.append(found)
     return rollouts.with_columns(**_joined(rollouts, list(chunks), parts))
+
+
+def _by_length(rollouts: Rollouts, rows: int) -> list[Tensor]:
+    """Row numbers in chunks of so many, rows of like length together."""
+    return list(rollouts.lengths.argsort(stable=True).cpu().split(rows))
 
 
 def _whole_groups(rollouts: Rollouts, rows: int) -> list[Tensor]:
