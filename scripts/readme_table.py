@@ -7,6 +7,7 @@ python scripts/readme_table.py --check    say whether it is up to date, and exit
 import contextlib
 import io
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def output(command: str) -> str:
     """What a ``locum ...`` command prints, without blanks at the ends of lines."""
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
-        locum(command.split()[1:])
+        locum(shlex.split(command)[1:])
     return "\n".join(line.rstrip() for line in said.getvalue().rstrip().splitlines())
 
 
