@@ -17,6 +17,7 @@ from locum.reinforce import GDPO, Clip, DiffuGRPO, GroupCentred, Recipe, Run, Se
 from locum.reinforce.gdpo import ELBO, FullMask, PerSequence, SequenceKL, elbo, exact_elbo
 from locum.reinforce.learner import Learner, Problem, Settings
 from locum.reinforce.recipe import of
+from locum.reinforce.trainer import Arguments, Trainer
 from locum.tasks.permutations import Permutations, untrained
 from locum.tokens.rollouts import Generated, Rollouts
 
@@ -510,3 +511,27 @@ def test_steps_and_seeds_have_masks_of_their_own(monkeypatch):
     everything = torch.cat(numbers[::2])  # the old policy's; the current one's come after it
     assert len(everything.unique()) == len(everything) == 4 * 24
     assert all(torch.equal(a, b) for a, b in zip(numbers[::2], numbers[1::2], strict=True))
+
+
+def test_the_trainer_takes_such_a_policy(tmp_path):
+    task = Permutations(symbols=4)
+    problems, reference = [Problem(task.prompt)] * 3, untrained(1, task)
+
+    def reward(problems, completions):
+        return torch.tensor([task.score(c) + 0.1 * c[0] for c in completions])
+
+    def trainer(out, steps):
+        settings = Settings(epochs=2, rows_per_forward=5, rows_per_pass=7)
+        args = Arguments(steps, prompts=2, max_new_tokens=4, learning_rate=1e-2, settings=settings, eval_rows=3)
+        policy, kept = untrained(0, task), lambda: contextlib.nullcontext(reference)
+        recipe = "gdpo + sequencekl"
+        made = Trainer(recipe, policy, problems, reward, out, args, eval_problems=problems, reference=kept)
+        made.train()
+        return made
+
+    first, again = (trainer(tmp_path / name, 2) for name in "ab")
+    weights = [torch.cat([p.flatten() for p in made.module.parameters()]) for made in (first, again)]
+    assert torch.equal(*weights)
+    assert not torch.equal(weights[0], torch.cat([p.flatten() for p in untrained(0, task).model.parameters()]))
+    assert first.figures["trained_tokens"] == 2 * 8 * 2  # one per completion and epoch
+    assert math.isfinite(first.figures["eval/reward"])

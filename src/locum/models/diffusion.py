@@ -36,7 +36,7 @@ __all__ = ["MaskedDiffusion"]
 Places = Bool[Tensor, "rows tokens"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class MaskedDiffusion:
     """A masked diffusion model as a policy: it fills in completions, and tells how likely their hidden tokens are.
 
@@ -84,7 +84,9 @@ class MaskedDiffusion:
         return self._forward(ids, attention_mask)
 
     def _forward(self, ids: Tensor, real: Tensor) -> Tensor:
-        out = self.model(ids, attention_mask=real.long())
+        # Without gradient past a wrapper that binds processes: their numbers of forwards differ there.
+        model = self.model if torch.is_grad_enabled() else getattr(self.model, "module", self.model)
+        out = model(ids, attention_mask=real.long())
         return out if isinstance(out, Tensor) else out.logits
 
     # What is hidden.
