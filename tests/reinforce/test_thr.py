@@ -233,6 +233,10 @@ def test_weights_are_one_and_one_more_or_less() -> None:
     assert choice.keep is None
     assert choice.weight is not None
     assert torch.equal(choice.weight, 1 + 0.25 * (a * s).sign())
+    assert choice.logs["thr/one_sign_groups"] == 0
+    assert choice.logs["thr/raising_tokens"] == int((a * s > 0).sum()) / 10
+    tau = THR().tau(s, rows.mask, rows.reward > 0, rows.group)[:, None]
+    assert choice.logs["thr/dominant_tokens"] == int((s.abs() > tau).sum()) / 10
     rows, scores = one_token(0, 1, ((1, 0), (0, 1)))
     choice, _, _ = called(THR(p=0.25, mask=False), rows, scores)
     assert choice.weight is not None
@@ -345,9 +349,8 @@ def test_groups_of_one_sign_are_left_alone_and_counted(reward: Sequence[float], 
     assert choice.weight is not None
     assert (choice.weight == 1).all()
     assert choice.keep is None or torch.equal(choice.keep, rows.mask)
-    if variant == "thr":
-        assert choice.logs["thr/one_sign_groups"] == 1
-        assert choice.logs["thr/empty_groups"] == 0
+    assert choice.logs["thr/one_sign_groups"] == 1
+    assert choice.logs.get("thr/empty_groups", 0) == 0
 
 
 def test_a_row_without_a_reward_is_neither_right_nor_wrong() -> None:

@@ -152,14 +152,17 @@ class THR(Weigh):
         share = group_stats(torch.where(rollouts.reward.isnan(), torch.nan, right.to(s.dtype)), rollouts.group)
         both = ~share.level[:, None]  # the group has right and wrong rows
         tau = self.tau(s, mask, right, rollouts.group)[:, None]
+        logs = {"thr/one_sign_groups": _groups(rollouts.group, ~both[:, 0])}
         if self.variant == "nthr":
             pushed = mask & both & ~right[:, None] & (s > tau)
-            eta = 2 * (share.mean[:, None] - 0.5).abs()
-            return Choice(torch.where(pushed, eta, 1.0), logs={"thr/weakened_tokens": _share(pushed, mask)})
-        thr = advantages * s
+            weight = torch.where(pushed, 2 * (share.mean[:, None] - 0.5).abs(), 1.0)
+            return Choice(weight.to(advantages.dtype), logs=logs | {"thr/weakened_tokens": _share(pushed, mask)})
+        thr, large = advantages * s, s.abs() > tau
         weight = torch.where(both, 1 + self.p * thr.sign(), 1.0)
-        keep = mask & ((s.abs() > tau) | ~both) if self.mask else None
-        logs = self._logs(thr, s, tau[:, 0], mask, both[:, 0], rollouts.group)
+        keep = mask & (large | ~both) if self.mask else None
+        logs["thr/raising_tokens"], logs["thr/dominant_tokens"] = (
+            _share(x & both & mask, both & mask) for x in (thr > 0, large)
+        )
         if keep is not None:
             logs["thr/empty_groups"] = empty = _groups(rollouts.group, ~_any(keep.any(-1), rollouts.group))
             if empty:
@@ -172,17 +175,6 @@ class THR(Weigh):
         mean = torch.where(right, masked_mean(s, mask), torch.inf)
         least = mean.new_full((n,), torch.inf).scatter_reduce_(0, inverse, mean, "amin").clamp(min=0)[inverse]
         return torch.full_like(least, self.beta) if isinf(self.beta) else self.beta * least
-
-    @staticmethod
-    def _logs(
-        thr: PerToken, s: PerToken, tau: PerRow, mask: Mask, both: Bool[Tensor, " rows"], group: Int[Tensor, " rows"]
-    ) -> dict[str, float]:
-        seen = mask & both[:, None]
-        return {
-            "thr/one_sign_groups": _groups(group, ~both),
-            "thr/raising_tokens": _share(seen & (thr > 0), seen),
-            "thr/dominant_tokens": _share(seen & (s.abs() > tau[:, None]), seen),
-        }
 
 
 # The influence of each token of one prompt's rows.

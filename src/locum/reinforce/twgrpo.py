@@ -134,9 +134,8 @@ class TWGRPO(Weigh):
             warnings.warn("a group has one row only, which agrees with itself: its weights are 1", stacklevel=2)
         table = d.new_zeros(n, d.shape[1])
         reach = table.index_add(0, group, mask.to(d.dtype))  # rows of the group in which there is such a column
-        table = table.scatter_reduce(
-            0, group[:, None].expand_as(d), d * mask, "amax"
-        )  # all of them have the same D there
+        # All of them have the same D there, and it is >= 0.
+        table = table.scatter_reduce(0, group[:, None].expand_as(d), d * mask, "amax")
         compared = reach >= (self.min_rows if self.scope == "valid" else 1)
         low = torch.where(compared, table, torch.inf).amin(-1, keepdim=True)
         high = torch.where(compared, table, -torch.inf).amax(-1, keepdim=True)
