@@ -19,7 +19,7 @@ import yaml
 from locum.errors import UserError, unknown
 from locum.paper import FAMILIES, ROOT, find, module_paths
 
-__all__ = ["Names", "from_dict", "from_yaml", "names", "parameters", "require", "to_dict", "to_yaml"]
+__all__ = ["Names", "from_dict", "from_yaml", "names", "outside", "parameters", "require", "to_dict", "to_yaml"]
 
 
 def require(method: object, field: str, ok: bool, allowed: str) -> None:
@@ -32,6 +32,27 @@ def require(method: object, field: str, ok: bool, allowed: str) -> None:
     """
     if not ok:
         raise UserError(f"{type(method).__name__}.{field} must be {allowed}, got {getattr(method, field)!r}")
+
+
+def outside(text: str, marks: str) -> list[str]:
+    """What stands between those of the marks that are in no bracket and no quotes.
+
+    >>> outside("grpo, dapo + d3s(rows=(2, 4))", ",")
+    ['grpo', 'dapo + d3s(rows=(2, 4))']
+    """
+    parts, depth, quote = [""], 0, ""
+    for c in text:
+        if quote:
+            quote = "" if c == quote else quote
+        elif c in "\"'":
+            quote = c
+        else:
+            depth += (c in "([{") - (c in ")]}")
+        if c in marks and depth == 0 and not quote:
+            parts.append("")
+        else:
+            parts[-1] += c
+    return [part.strip() for part in parts]
 
 
 class Names(Mapping[str, type]):

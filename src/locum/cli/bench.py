@@ -15,6 +15,7 @@ from locum.bench.compare_decode import DecodeTask
 from locum.bench.verify import available, run_claims
 from locum.cli.command import Command, console, emit, quiet_stdout, read, table
 from locum.errors import UserError, unknown
+from locum.method import outside
 from locum.paper import FAMILIES, catalogue
 
 __all__ = ["Compare", "Verify"]
@@ -99,13 +100,13 @@ def _pair(task: type) -> Any:
 
 
 def _commas(args: Sequence[str], flag: str) -> list[str]:
-    """``--methods a,b`` and ``--methods=a,b`` as ``--methods a b``."""
+    """``--methods a,b`` and ``--methods=a,b`` as ``--methods a b``; a semicolon does what a comma does, neither does in brackets."""
     out: list[str] = []
     for arg in args:
         if arg.startswith(f"{flag}="):
-            out += [flag, *arg.removeprefix(f"{flag}=").split(",")]
+            out += [flag, *outside(arg.removeprefix(f"{flag}="), ",;")]
         elif out and out[-1] == flag:
-            out += [a for a in arg.split(",") if a]
+            out += [a for a in outside(arg, ",;") if a]
         else:
             out.append(arg)
     return out

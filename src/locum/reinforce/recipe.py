@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from locum.errors import UserError, unknown
-from locum.method import names
+from locum.method import names, outside
 from locum.reinforce.advantages import GAE, BatchCentred, GroupCentred, GroupNormalised, LeaveOneOut
 from locum.reinforce.base import (
     Adapt,
@@ -351,7 +351,7 @@ class Recipe:
 
         Raises: UserError naming the term that is not known, or cannot be read.
         """
-        terms = _terms(text)
+        terms = outside(text, "+")
         if not terms[0]:
             raise UserError(f"a recipe begins with a baseline or a paper ({', '.join(HOSTS)}), got {text!r}")
         if terms[0] in HOSTS:
@@ -422,23 +422,6 @@ def _term(piece: Piece) -> str:
 
 def _name(piece: Piece) -> str:
     return type(piece).__name__.lower()
-
-
-def _terms(text: str) -> list[str]:
-    """What stands between the + signs that are in no bracket and no quotes."""
-    terms, depth, quote = [""], 0, ""
-    for c in text:
-        if quote:
-            quote = "" if c == quote else quote
-        elif c in "\"'":
-            quote = c
-        else:
-            depth += (c in "([{") - (c in ")]}")
-        if c == "+" and depth == 0 and not quote:
-            terms.append("")
-        else:
-            terms[-1] += c
-    return [t.strip() for t in terms]
 
 
 def _piece(term: str) -> Piece:
