@@ -11,8 +11,11 @@
 
 import json
 import random
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import torch
 
 from locum.errors import UserError, unknown
 from locum.reinforce.grader import packed, unpacked
@@ -20,8 +23,9 @@ from locum.reinforce.rewards import gym
 from locum.tasks.chat import as_text, encode, template_settings
 from locum.tasks.rows import BadRow, Rows, check_prompt, first_line, read_rows, text_or_messages
 
-__all__ = ["encode", "held_out", "read_problems", "reasoning_gym_problems", "template_settings"]
+__all__ = ["Deck", "encode", "held_out", "read_problems", "reasoning_gym_problems", "template_settings"]
 
+T = TypeVar("T")
 TAKEN = ("prompts", "completions")  # what a reward is given beside the columns
 
 
@@ -129,3 +133,28 @@ def held_out(rows: Any, fraction: float, seed: int = 0) -> tuple[Rows, Rows]:
             chosen.update(group)
     order = range(len(rows))
     return rows.take([i for i in order if i not in chosen]), rows.take([i for i in order if i in chosen])
+
+
+@dataclass
+class Deck(Generic[T]):
+    """Problems without an end: all of them in an order that depends on the seed, then all again in another.
+
+    Args:
+        problems: at least one.
+        seed: of the orders.
+    """
+
+    problems: Sequence[T]
+    seed: int = 0
+    _turn: tuple[int, list[int]] = field(default=(-1, []), init=False)  # the last time round, and its order
+
+    def take(self, start: int, count: int) -> list[T]:
+        """The next `count` after `start` of them."""
+        taken = []
+        for at in range(start, start + count):
+            turn, place = divmod(at, len(self.problems))
+            if self._turn[0] != turn:
+                g = torch.Generator().manual_seed(self.seed * 1_000_003 + turn)
+                self._turn = turn, torch.randperm(len(self.problems), generator=g).tolist()
+            taken.append(self.problems[self._turn[1][place]])
+        return taken

@@ -29,6 +29,7 @@ from locum.progress import Bar
 from locum.reinforce import checkpoint
 from locum.reinforce.base import Run
 from locum.reinforce.learner import Learner, Problem, Reward, Settings
+from locum.reinforce.problems import Deck
 from locum.reinforce.recipe import Recipe
 from locum.tokens.rollouts import Rollouts, uniforms
 from locum.tokens.sampling import Sampling
@@ -205,7 +206,7 @@ class Trainer:
             reference,
             _Processes(self.accelerator, wrapped),
         )
-        self.cursor = 0  # problems taken so far
+        self.deck, self.cursor = Deck(problems, a.seed), 0  # the cursor: problems taken so far
         self.figures: dict[str, float] = {}
         self.asked = json.loads(json.dumps(dict(asked or {}) | {"recipe": str(self.recipe)}))
 
@@ -281,19 +282,9 @@ class Trainer:
         return figures
 
     def _problems(self, batch: int) -> list[Problem]:
-        """The next ones: all problems in an order of their own, then all again in another."""
-        taken = []
-        for at in range(self.cursor, self.cursor + self.args.prompts):
-            turn, place = divmod(at, len(self.problems))
-            taken.append(self.problems[self._order(turn)[place]])
+        """The next ones."""
         self.cursor += self.args.prompts
-        return taken
-
-    def _order(self, turn: int) -> list[int]:
-        if getattr(self, "_turn", None) != turn:
-            g = torch.Generator().manual_seed(self.args.seed * 1_000_003 + turn)
-            self._turn, self._places = turn, torch.randperm(len(self.problems), generator=g).tolist()
-        return self._places
+        return self.deck.take(self.cursor - self.args.prompts, self.args.prompts)
 
     def _log(self, bar: Bar) -> None:
         step = self.learner.run.step
