@@ -6,11 +6,11 @@ A raw line holds "curve": per checkpoint, the reference first, the step, KL(poli
 they were measured on samples.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from locum.bench.measures import Measure, mean_interval, median, ratio
+from locum.bench.measures import Measure, largest, last, mean, mean_interval, median, paired_limits, ratio, raw
 from locum.bench.store import Row
 
 __all__ = ["BASELINE", "MEASURES", "along_kl", "at_levels", "score_limits"]
@@ -64,32 +64,8 @@ def _difference(line: Row, prompts: np.ndarray | None = None) -> float | None:
     return None if gains is None else gains[0] - gains[1]
 
 
-def _mean(each: Callable[[Row], float | None]) -> Callable[[Sequence[Row]], float | None]:
-    def of(lines: Sequence[Row]) -> float | None:
-        known = [v for v in map(each, lines) if v is not None]
-        return float(np.mean(known)) if known else None
-
-    return of
-
-
 def _limits(lines: Sequence[Row]) -> tuple[float, float] | None:
-    """95 % bootstrap interval of the mean difference: over seeds where the figures are exact, over held-out prompts too else."""
-    lines = [line for line in lines if _difference(line) is not None]
-    if not lines or lines[0]["method"] == BASELINE:
-        return None
-    if any("by_prompt" not in raw for line in lines for raw in (line["raw"], line["refs"][BASELINE])):
-        return mean_interval([d for line in lines if (d := _difference(line)) is not None]) if len(lines) > 1 else None
-    rng = np.random.default_rng(0)
-    n = len(lines[0]["raw"]["by_prompt"]["kl"][0])
-    found = []
-    for _ in range(DRAWS):
-        prompts = rng.integers(n, size=n)
-        chosen = [_difference(lines[i], prompts) for i in rng.integers(len(lines), size=len(lines))]
-        found += [float(np.mean([d for d in chosen if d is not None]))] if any(d is not None for d in chosen) else []
-    if len(found) < DRAWS / 2:
-        return None
-    low, high = np.quantile(found, [0.025, 0.975])
-    return float(low), float(high)
+    return paired_limits(lines, _difference, BASELINE, DRAWS)
 
 
 def along_kl(lines: Sequence[Row], levels: int = 24) -> list[tuple[float, float, tuple[float, float] | None]]:
@@ -134,31 +110,9 @@ def _share_of_gain(lines: Sequence[Row]) -> float | None:
     return float(mine / theirs) if theirs > max(1e-9, SEEN * noise) else None
 
 
-def _last(name: str) -> Callable[[Row], float | None]:
-    """A figure at the end of the training."""
-
-    def each(line: Row) -> float | None:
-        values = line["raw"]["curve"].get(name)
-        return None if not values else values[-1]
-
-    return each
-
-
 def _gained(line: Row) -> float | None:
     values = line["raw"]["curve"].get("reward")
     return None if not values else values[-1] - values[0]
-
-
-def _raw(name: str) -> Callable[[Row], float | None]:
-    return lambda line: line["raw"].get(name)
-
-
-def _largest(name: str) -> Callable[[Sequence[Row]], float | None]:
-    def of(lines: Sequence[Row]) -> float | None:
-        known = [v for line in lines if (v := line["raw"].get(name)) is not None]
-        return max(known) if known else None
-
-    return of
 
 
 def _time_by_baseline(line: Row) -> float | None:
@@ -172,17 +126,17 @@ MEASURES = (
         "reward", "quality", "reward", "", "higher",
         "mean reward of a response at the end of the training, mean over seeds: exact on the token MDP; on sentiment VADER's "
         "compound score, from -1 to 1, of one sampled response to each held-out prompt",
-        _mean(_last("reward")),
+        mean(last("reward")),
     ),
     Measure(
         "gained", "quality", "gained", "", "higher", "reward at the end less that of the reference, mean over seeds",
-        _mean(_gained), signed=True,
+        mean(_gained), signed=True,
     ),
     Measure(
         "kl", "fidelity", "KL", "nats", "",
         "KL(policy || reference) of a response at the end: how far the policy has moved; mean over seeds. Exact on the token MDP; "
         "elsewhere over the samples, exact at each of their tokens",
-        _mean(_last("kl")),
+        mean(last("kl")),
     ),
     Measure(
         "vs_dpo", "ratios", "vs DPO at equal KL", "", "higher",
@@ -190,7 +144,7 @@ MEASURES = (
         "and the whole of the largest KL that both reached, and the mean is taken (accuracy on held-out pairs stands for the reward "
         "where nobody gives one). Mean over seeds, with its 95 % bootstrap interval: over seeds, which are worlds of their own, on "
         "the token MDP; over held-out prompts, and seeds if there are several, elsewhere",
-        _mean(_difference), digits=3, limits=_limits, signed=True,
+        mean(_difference), digits=3, limits=_limits, signed=True,
     ),
     Measure(
         "gain_vs_dpo", "ratios", "gain by DPO's", "×", "higher",
@@ -200,12 +154,12 @@ MEASURES = (
     Measure(
         "accuracy", "fidelity", "held-out pairs", "%", "higher",
         "share of held-out pairs whose chosen response has the larger log-ratio to the reference, ties count half; mean over seeds",
-        _mean(_last("accuracy")),
+        mean(last("accuracy")),
     ),
-    Measure("entropy", "quality", "entropy", "nats", "", "entropy of a response at the end, mean over seeds", _mean(_last("entropy"))),
+    Measure("entropy", "quality", "entropy", "nats", "", "entropy of a response at the end, mean over seeds", mean(last("entropy"))),
     Measure(
         "length", "quality", "length", "tokens", "", "tokens of a response at the end, mean over seeds",
-        _mean(_last("length")), digits=1,
+        mean(last("length")), digits=1,
     ),
     Measure(
         "tokens_per_second", "cost", "tokens /s", "", "higher",
@@ -214,13 +168,13 @@ MEASURES = (
     ),
     Measure(
         "seconds", "cost", "train", "s", "lower", "seconds of training, without measuring; median over seeds",
-        median(_raw("seconds")), digits=1,
+        median(raw("seconds")), digits=1,
     ),
     Measure(
         "preparation_seconds", "cost", "before", "s", "lower",
         "seconds spent before the training: guides, columns, the reference's log-probabilities; median over seeds. What a run shares "
         "with another (a guide that is DPO's own run) counts in full",
-        median(_raw("preparation_seconds")), digits=1,
+        median(raw("preparation_seconds")), digits=1,
     ),
     Measure(
         "time_vs_dpo", "ratios", "time by DPO's", "×", "lower",
@@ -231,6 +185,6 @@ MEASURES = (
         "peak_memory_mb", "cost", "peak MB", "", "lower",
         "largest growth of memory in a training. CPU: resident memory of the process, peak less start, so memory that it already "
         "held does not count. CUDA: the allocator's peak less start",
-        _largest("peak_memory_mb"), digits=0,
+        largest("peak_memory_mb"), digits=0,
     ),
 )  # fmt: skip

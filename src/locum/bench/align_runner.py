@@ -17,7 +17,6 @@ from transformers import PrinterCallback, TrainerCallback
 from locum.align import DPO
 from locum.align.base import Example, Method, PairBatch
 from locum.align.data import encode, read_pairs
-from locum.align.run import LoRA
 from locum.align.statistics import BASE, LOGP_REF, ModelScorer
 from locum.align.trainer import Trainer, align_arguments
 from locum.bench.align_measures import BASELINE
@@ -30,6 +29,7 @@ from locum.bench.machine import PeakMemory
 from locum.bench.store import Row
 from locum.method import names
 from locum.models import load
+from locum.models.training import LoRA
 from locum.tasks import sentiment
 
 __all__ = ["AlignRunner", "Prepared"]
@@ -106,19 +106,16 @@ class AlignRunner:
     def _train(self, unit: Unit) -> Row:
         """A training of the language model, measured along the way."""
         start = self._start(unit)
-        model = self._adapted(unit.seed)
-        began = time.perf_counter()
-        try:
-            with PeakMemory(self.lm.device.type) as memory:
-                prepared = self._prepared(unit, model)
-                ready = time.perf_counter()
-                watch = _Watch(self, unit, model)
-                self._run(model, prepared, unit.seed, watch)
-                if unit.method == BASELINE:
-                    self._guides[unit.seed] = _weights(model), watch.seconds
-        finally:
-            model.unload()  # the base as it was
-            vars(self.lm.model).pop("peft_config", None)
+        rank = self.plan.lora_rank
+        # A fresh adapter, the same for every method.
+        with LoRA(rank, 2.0 * rank).lent(self.lm.model, unit.seed) as model, PeakMemory(self.lm.device.type) as memory:
+            began = time.perf_counter()
+            prepared = self._prepared(unit, model)
+            ready = time.perf_counter()
+            watch = _Watch(self, unit, model)
+            self._run(model, prepared, unit.seed, watch)
+            if unit.method == BASELINE:
+                self._guides[unit.seed] = _weights(model), watch.seconds
         points = [start, *watch.points]
         score = "accuracy" if start["reward"] is None else "reward"
         curve = {k: [p[k] for p in points] for k in ("step", "reward", "kl", "entropy", "accuracy", "length")}
@@ -173,11 +170,6 @@ class AlignRunner:
                 )
                 trainer.remove_callback(PrinterCallback)
                 trainer.train()
-
-    def _adapted(self, seed: int) -> Any:
-        """The base with a fresh adapter, the same for every method."""
-        rank = self.plan.lora_rank
-        return LoRA(rank, 2.0 * rank).on(self.lm.model, seed)
 
     # what methods are given
 

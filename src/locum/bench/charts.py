@@ -185,7 +185,8 @@ def differences(rows: Sequence[Difference], title: str) -> str:
         return '<p class="none">Nothing to compare yet.</p>'
     values = [v for r in rows for v in (0.0, r.value, *(r.limits or ()))]
     ticks = _ticks(min(values), max(values), 0.01)
-    left, right, floor = 144, WIDTH - 206, 14 + 30 * len(rows)
+    left = max(144, 8 * max(len(r.name) for r in rows) + 20)  # names stand left of it
+    right, floor = WIDTH - 206, 14 + 30 * len(rows)
 
     def at(x: float) -> float:
         return left + (x - ticks[0]) / (ticks[-1] - ticks[0]) * (right - left)

@@ -18,11 +18,11 @@ from rich.table import Table
 from locum.bench.engines import Engine, Runner, Unit
 from locum.bench.engines import engine as engine_named
 from locum.bench.measures import Measure, aggregate
-from locum.progress import Bar
 from locum.bench.report import Page, Part, html, table
 from locum.bench.store import Row, Store, latest
 from locum.errors import UserError
 from locum.files import write_atomically
+from locum.progress import Bar
 
 Kind = Literal["ours", "peer", "plain"]
 

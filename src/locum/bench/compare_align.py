@@ -1,6 +1,5 @@
 """``locum compare align``: preference methods with one budget, on tables where all is exact and on a language model."""
 
-import hashlib
 import json
 import random
 from collections.abc import Sequence
@@ -13,9 +12,10 @@ from locum.bench.align_plan import BUDGETS, DATA, SENTIMENT, TABLE, Budget, Plan
 from locum.bench.align_report import align_part
 from locum.bench.compare import Task
 from locum.bench.engines import Runner, Unit
+from locum.bench.headline import in_words, verdict
 from locum.bench.measures import Measure
 from locum.bench.report import Page, Part
-from locum.bench.store import Row
+from locum.bench.store import Row, fingerprint
 from locum.errors import UserError, unknown
 from locum.method import names, require
 
@@ -187,7 +187,7 @@ class AlignTask(Task):
 
     def config(self) -> Row:
         budgets = {g: self.budget(g) for g in self.groups}
-        told = [f"{g}: {b.steps} steps of {b.batch_size} pairs, {_seeds(b.seeds)}" for g, b in budgets.items()]
+        told = [f"{g}: {b.steps} steps of {b.batch_size} pairs, {in_words(b.seeds)}" for g, b in budgets.items()]
         models = [self.model] if self.groups != (TABLE,) else []
         return {
             "family": self.family,
@@ -197,23 +197,12 @@ class AlignTask(Task):
             "budgets": {g: vars(b) for g, b in budgets.items()},
             "beta": self.beta,
             "language_model": None if self.groups == (TABLE,) else self._language_model(),
-            "data": None if self.rows is None else self._fingerprint(),
+            "data": None if self.rows is None else fingerprint(str(self.data), *self.rows),
         }
 
     def _language_model(self) -> Row:
         keys = ("model", "lora_rank", "checkpoints", "held_out", "max_length", "dtype", "device")
         return {k: getattr(self, k) for k in keys} | {"new_tokens": self.new_tokens}
-
-    def _fingerprint(self) -> Row:
-        assert self.rows is not None
-        text = json.dumps(self.rows, sort_keys=True)
-        train, held_out = map(len, self.rows)
-        return {
-            "file": self.data,
-            "train": train,
-            "held_out": held_out,
-            "sha256": hashlib.sha256(text.encode()).hexdigest(),
-        }
 
     def units(self) -> list[Unit]:
         return [
@@ -255,23 +244,9 @@ class AlignTask(Task):
         asides = f" Not on the same budget, with samples of their own: {', '.join(beyond)}." if beyond else ""
         if not others:
             return asides.strip()
-        sure = [r for r in others if (r["ratios"]["vs_dpo_interval"] or (0,))[0] > 0]
-        best = max(sure or others, key=lambda r: r["ratios"]["vs_dpo"])
-        value, limits = best["ratios"]["vs_dpo"], best["ratios"]["vs_dpo_interval"]
-        seeds = _seeds(self.budget(group).seeds)
-        over = f"over {seeds}" if group == TABLE else "over held-out prompts"
-        shown = f"95 % interval {limits[0]:+.3f} to {limits[1]:+.3f} {over}" if limits else f"{seeds}, so no interval"
-        if sure:
-            more = [r["method"] for r in sure if r is not best]
-            shown += f"); so {'do' if len(more) > 1 else 'does'} {', '.join(more)}" if more else ")"
-            return f"On {group} {best['method']} beats DPO at equal KL: {score} {value:+.3f} ({shown}.{asides}"
-        verb = "beats" if limits and limits[1] <= 0 else "surely beats"
-        of = f", the best of {len(others)}," if len(others) > 1 else ""
-        return f"On {group} no method {verb} DPO at equal KL: {best['method']}{of} has {score} {value:+.3f} ({shown}).{asides}"
+        seeds = self.budget(group).seeds
+        over = f"over {in_words(seeds)}" if group == TABLE else "over held-out prompts"
+        return verdict(others, "vs_dpo", group, "DPO at equal KL", score, over, seeds) + asides
 
     def told(self, row: Row) -> str:
         return f"{row['method']} on {row['group']}, seed {row['seed']}"
-
-
-def _seeds(n: int) -> str:
-    return f"{n} seeds" if n > 1 else "one seed"

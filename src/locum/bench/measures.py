@@ -17,10 +17,15 @@ __all__ = [
     "Measure",
     "aggregate",
     "interval",
+    "largest",
+    "last",
+    "mean",
     "mean_interval",
     "median",
     "paired",
+    "paired_limits",
     "ratio",
+    "raw",
     "sign_test",
     "summary",
     "total",
@@ -112,6 +117,40 @@ def median(each: Callable[[Row], float | None]) -> Callable[[Sequence[Row]], flo
     return of
 
 
+def mean(each: Callable[[Row], float | None]) -> Callable[[Sequence[Row]], float | None]:
+    """The mean over lines of a figure of one line."""
+
+    def of(lines: Sequence[Row]) -> float | None:
+        values = _known(map(each, lines))
+        return float(np.mean(values)) if values else None
+
+    return of
+
+
+def raw(name: str) -> Callable[[Row], float | None]:
+    """A raw figure of one line."""
+    return lambda line: line["raw"].get(name)
+
+
+def last(name: str) -> Callable[[Row], float | None]:
+    """A figure at the end of a training, from the curve of it in the raw line."""
+
+    def each(line: Row) -> float | None:
+        values = line["raw"]["curve"].get(name)
+        return None if not values else values[-1]
+
+    return each
+
+
+def largest(name: str) -> Callable[[Sequence[Row]], float | None]:
+    """The largest of a raw figure over lines."""
+
+    def of(lines: Sequence[Row]) -> float | None:
+        return max(_known(map(raw(name), lines)), default=None)
+
+    return of
+
+
 def total(key: str) -> Callable[[Sequence[Row]], float | None]:
     """The sum over lines of a raw figure."""
 
@@ -142,6 +181,38 @@ def paired(rate: str, reference: str) -> Callable[[Row], float | None]:
         return line["raw"][rate] / beside if beside and line["raw"].get(rate) is not None else None
 
     return each
+
+
+def paired_limits(
+    lines: Sequence[Row],
+    difference: Callable[..., float | None],
+    reference: str,
+    draws: int = 1000,
+) -> tuple[float, float] | None:
+    """95 % bootstrap interval of a mean difference from a reference: over seeds where figures are exact, over prompts too else.
+
+    Args:
+        lines: of one method, one per seed. What was measured on samples has, in "by_prompt" of the raw line, tables by name of
+            checkpoints x prompts.
+        difference: of one line from the reference beside it; given prompts' numbers too, over those alone.
+        reference: the method it is measured from, which has no interval itself.
+    """
+    lines = [line for line in lines if difference(line) is not None]
+    if not lines or lines[0]["method"] == reference:
+        return None
+    if any("by_prompt" not in made for line in lines for made in (line["raw"], line["refs"][reference])):
+        return mean_interval(_known(map(difference, lines))) if len(lines) > 1 else None
+    rng = np.random.default_rng(0)
+    n = len(next(iter(lines[0]["raw"]["by_prompt"].values()))[0])
+    found = []
+    for _ in range(draws):
+        prompts = rng.integers(n, size=n)
+        chosen = _known(difference(lines[i], prompts) for i in rng.integers(len(lines), size=len(lines)))
+        found += [float(np.mean(chosen))] if chosen else []
+    if len(found) < draws / 2:
+        return None
+    low, high = np.quantile(found, [0.025, 0.975])
+    return float(low), float(high)
 
 
 def summary(lines: Sequence[Row], measures: Iterable[Measure]) -> dict[str, dict[str, Any]]:

@@ -69,17 +69,20 @@ class Page:
 
 @dataclass(frozen=True)
 class Part:
-    """A family's own sections of the page: web/<name>.html, with <name>.css and <name>.js.
+    """A family's own sections of the page: web/<name>.html, with .css and .js files beside it.
 
     Args:
-        name: of these files.
+        name: of the HTML.
         fields: what is put for the $names in the HTML; escaped already.
-        data: what the script reads, as JSON.
+        data: what the scripts read, as JSON.
+        styles, scripts: names of .css and .js files, one after the other; the HTML's own name if None.
     """
 
     name: str
     fields: dict[str, str]
     data: Row = field(default_factory=dict)
+    styles: tuple[str, ...] | None = None
+    scripts: tuple[str, ...] | None = None
 
 
 def cell(row: Row, measure: Measure, interval: bool = True) -> str:
@@ -142,9 +145,9 @@ def html(page: Page, part: Part) -> str:
         headline=text(page.headline),
         note=text(page.note),
         table="\n".join(blocks),
-        style=_web(f"{part.name}.css"),
+        style="".join(_web(f"{name}.css") for name in part.styles or (part.name,)),
         sections=Template(_web(f"{part.name}.html")).substitute(part.fields),
-        script=_web(f"{part.name}.js"),
+        script="".join(_web(f"{name}.js") for name in part.scripts or (part.name,)),
         measures="".join(_definition(m) for m in page.measures),
         facts="".join(f"<dt>{text(k)}</dt><dd>{text(v)}</dd>" for k, v in page.facts.items()),
         failures=_failures(page.overall),

@@ -6,6 +6,7 @@ one; it is cut off when the run is opened again.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -17,7 +18,7 @@ import yaml
 from locum.errors import UserError
 from locum.files import write_atomically
 
-__all__ = ["Lines", "Row", "Store", "latest"]
+__all__ = ["Lines", "Row", "Store", "fingerprint", "latest"]
 
 Row = dict[str, Any]
 
@@ -146,6 +147,13 @@ def latest(folder: Path, prefix: str) -> str | None:
         with contextlib.suppress(OSError):
             found.append((config.stat().st_mtime, config.parent.name))
     return max(found)[1] if found else None
+
+
+def fingerprint(source: str, train: list[Row], held_out: list[Row]) -> Row:
+    """What a run's config keeps of a user's own data: where it came from, how much of it, and a hash of all."""
+    whole = json.dumps([train, held_out], sort_keys=True, default=str)
+    sha256 = hashlib.sha256(whole.encode()).hexdigest()
+    return {"file": source, "train": len(train), "held_out": len(held_out), "sha256": sha256}
 
 
 def _short(value: object) -> str:

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from locum.bench.machine import environment, machine
-from locum.progress import Bar
 from locum.bench.store import Lines, Row
 from locum.errors import UserError, unknown
 from locum.files import write_atomically
 from locum.paper import ROOT, claims_folder, find
+from locum.progress import Bar
 
 __all__ = ["Claim", "Judgement", "available", "load_claim", "run_claims"]
 

@@ -1,5 +1,7 @@
 """What every training needs: adapters, and no dropout where two forwards of a model are compared."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +45,16 @@ class LoRA:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             return get_peft_model(model, config)
+
+    @contextmanager
+    def lent(self, model: Any, seed: int = 0) -> Iterator[Any]:
+        """A PEFT model with fresh adapters; at the end the model is what it was."""
+        wrapped = self.on(model, seed)
+        try:
+            yield wrapped
+        finally:
+            wrapped.unload()
+            vars(model).pop("peft_config", None)
 
 
 def without_dropout(model: nn.Module) -> None:

@@ -15,7 +15,7 @@ function answer(who, text, reward) {
 for (const group of data.groups) {
   const methods = data.methods.filter(m => group.after[m]);
   const block = make("div"), heads = make("div", "", "heads"), list = make("div");
-  heads.append(make("span", "the reference"));
+  heads.append(make("span", data.start));
   const picks = [methods.includes(data.baseline) ? data.baseline : methods[0], group.shown].map(chosen => {
     const pick = make("select");
     pick.setAttribute("aria-label", "method");
@@ -26,7 +26,7 @@ for (const group of data.groups) {
   });
   const fill = () => list.replaceChildren(...group.before.map((row, i) => {
     const line = make("div", "", "sample");
-    line.append(make("div", row.prompt, "asked"), answer("the reference", row.text, row.reward));
+    line.append(make("div", row.prompt, "asked"), answer(data.start, row.text, row.reward));
     for (const pick of picks) { const s = group.after[pick.value][i]; line.append(answer(pick.value, s.text, s.reward)); }
     return line;
   }));
