@@ -134,7 +134,7 @@ N = 20_000
 def vectors(mode, law=LAW, n=N, seed=0):
     """Drawn mixtures as weights over the vocabulary."""
     own = torch.arange(n)
-    thought = mode(law.expand(n, -1), lambda many: uniforms(seed, own, many))
+    thought = mode(law.expand(n, -1), lambda many, part=0: uniforms(seed + part, own, many))
     weights = thought.weights
     if weights is None:
         weights = torch.full(thought.ids.shape, 1 / thought.ids.shape[1], dtype=law.dtype)
@@ -184,13 +184,13 @@ def test_large_gamma_and_many_tokens_are_the_law_itself():
 
 def test_the_support_of_dirichlet_weights():
     law = torch.tensor([0.5, 0.4995, 0.0005], dtype=torch.float64)
-    thought = Weights()(law.expand(3, -1), lambda many: uniforms(0, torch.arange(3), many))
+    thought = Weights()(law.expand(3, -1), lambda many, part=0: uniforms(part, torch.arange(3), many))
     assert ((thought.weights > 0) == torch.tensor([True, True, False])).all()
     flat = torch.full((2, 4000), 1 / 4000, dtype=torch.float64)  # nothing reaches the floor: the first stays
-    thought = Weights()(flat, lambda many: uniforms(0, torch.arange(2), many))
+    thought = Weights()(flat, lambda many, part=0: uniforms(part, torch.arange(2), many))
     assert thought.weights.shape == (2, 1000)
     assert thought.weights.sum(-1).tolist() == [1.0, 1.0]
-    tiny_share = Weights(1e-3)(law.expand(50, -1), lambda many: uniforms(0, torch.arange(50), many)).weights
+    tiny_share = Weights(1e-3)(law.expand(50, -1), lambda many, part=0: uniforms(part, torch.arange(50), many)).weights
     assert (tiny_share[:, :2] >= 1e-12).all()  # nothing underflows to 0 where there is a share
     assert tiny_share.isfinite().all()
 

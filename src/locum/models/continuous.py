@@ -36,6 +36,7 @@ Heat = Callable[[Float[Tensor, "r V"]], Float[Tensor, " r"]]
 Draws = Float[Tensor, "rows _T"]
 Prefixes = Sequence[Sequence[int]]
 PLAIN = Sampling(temperature=1.0)
+FAR = 1 << 32  # more outputs than a chain has
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,18 +71,21 @@ class _Asked:
     sampling: Sampling
     laws: bool
 
-    def numbers(self, t: int, n: int) -> Float[Tensor, "rows n"]:
-        """n numbers per row for output t: the row's draw itself, and more that depend on the row's draws."""
+    def numbers(self, t: int, n: int, part: int = 0) -> Float[Tensor, "rows n"]:
+        """n numbers per row for output t: the row's draw itself, and more that depend on the row's draws; in parts behind the
+        first the latter only.
+        """
         assert self.draws is not None
-        more = uniforms(t, seeds(self.draws), n - 1).to(self.draws.dtype)
-        return torch.cat([self.draws[:, t, None], more], -1)
+        own = self.draws[:, t, None][:, : part == 0]
+        more = uniforms(t + part * FAR, seeds(self.draws), n - own.shape[1]).to(own.dtype)
+        return torch.cat([own, more], -1)
 
     def answer(self, z: Float[Tensor, "rows V"], t: int) -> Int[Tensor, " rows"]:
         law = self.sampling.law(z)
         return law.argmax(-1) if self.draws is None else thoughts.picked(law, self.numbers(t, 1))[:, 0]
 
     def thought(self, z: Float[Tensor, "rows V"], t: int) -> Thought:
-        made = self.mode(self.sampling.law(z / self.mode.temperature), lambda n: self.numbers(t, n))
+        made = self.mode(self.sampling.law(z / self.mode.temperature), lambda n, part=0: self.numbers(t, n, part))
         return made if made.weights is None else replace(made, weights=made.weights.to(z.dtype))
 
 

@@ -29,7 +29,9 @@ SMALLEST = 1e-12  # a drawn weight below it is taken as it: its logarithm stays 
 TRIES = 8  # of a rejection sampler that accepts 95 % at least
 
 Law = Float64[Tensor, "rows V"]
-Numbers = Callable[[int], Float[Tensor, "rows n"]]  # so many uniform numbers per row
+Numbers = Callable[
+    ..., Float[Tensor, "rows n"]
+]  # (n, part = 0): n uniform numbers per row; those of other parts are others
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,16 +170,22 @@ def _dirichlet(
     Weights are gamma variates over their sum. G(c) = G(c + 1) U^(1/c) is made in logarithms, since small c underflow;
     G(c + 1) by the squeeze of Marsaglia and Tsang (2000).
     """
-    u = numbers(c.shape[-1] * (2 * TRIES + 1)).double().view(*c.shape, -1) + 2.0**-25  # inside (0, 1)
     c = torch.where(support, c, 1.0)
     d = c + 2 / 3
-    log_g, done = torch.zeros_like(c), torch.zeros_like(support)
-    for x, accept in zip(u[..., 1::2].unbind(-1), u[..., 2::2].unbind(-1), strict=True):
+    log_g, done = torch.zeros_like(c), ~support
+    for part in range(1, 1 + TRIES):
+        # A token's numbers are at the same places however many tokens the widest row of the batch has.
+        x, accept = _open(numbers(2 * c.shape[-1], part)).view(*c.shape, 2).unbind(-1)
         x = torch.special.ndtri(x)
         v = (1 + x / (9 * d).sqrt()).clamp(min=1e-9) ** 3
         log_g = torch.where(done, log_g, (d * v).log())
         done = done | ((v > 1e-26) & (accept.log() < x.square() / 2 + d * (1 - v + v.log())))
         if bool(done.all()):
             break
-    log_g = log_g + u[..., 0].log() / c
+    log_g = log_g + _open(numbers(c.shape[-1])).log() / c
     return torch.where(support, log_g, -torch.inf).softmax(-1)
+
+
+def _open(u: Float[Tensor, "rows n"]) -> Float64[Tensor, "rows n"]:
+    """From multiples of 2^-24 in [0, 1) to the middles between them, so that 0 does not come."""
+    return u.double() + 2.0**-25
