@@ -15,7 +15,7 @@ from typing import Any
 
 from locum.reinforce.advantages import GAE, BatchCentred, GroupCentred, GroupNormalised, LeaveOneOut
 from locum.reinforce.base import Piece, Policy, Run, Stage
-from locum.reinforce.collect import Flat, Informative, Overlong
+from locum.reinforce.collect import Finished, Flat, Informative, Overlong
 from locum.reinforce.cot2 import MTS, CoT2, Dirichlet
 from locum.reinforce.d3s import D3S
 from locum.reinforce.gdpo import GDPO, DiffuGRPO
@@ -45,6 +45,7 @@ __all__ = [
     "Constant",
     "DiffuGRPO",
     "Dirichlet",
+    "Finished",
     "Flat",
     "GroupCentred",
     "GroupNormalised",

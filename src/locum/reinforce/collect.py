@@ -1,4 +1,4 @@
-"""Where rows come from and which are worth training on: flat groups, the informative ones, and a price on length."""
+"""Where rows come from and which are worth training on: flat groups, informative and finished ones, a price on length."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,11 +8,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from locum.method import require
-from locum.reinforce.base import Asked, Filter, Sample, Shape
+from locum.reinforce.base import Asked, Choice, Filter, PerToken, Run, Sample, Shape, Weigh
 from locum.tokens.groups import group_stats
 from locum.tokens.rollouts import Rollouts
 
-__all__ = ["Flat", "Informative", "Overlong"]
+__all__ = ["Finished", "Flat", "Informative", "Overlong"]
 
 
 @dataclass(frozen=True)
@@ -70,3 +70,15 @@ class Overlong(Shape):
     def __call__(self, rollouts: Rollouts) -> Float[Tensor, " rows"]:
         over = (self.max_length - self.cache - rollouts.lengths.to(rollouts.reward.dtype)) / self.cache
         return torch.where(rollouts.lengths > self.max_length, -1.0, over.clamp(max=0.0))
+
+
+@dataclass(frozen=True)
+class Finished(Weigh):
+    """Completions that ran into the limit are not trained on. They still count among their group's rewards.
+
+    Without it a cut completion is trained on like any other: it has the reward of an answer that is not there.
+    """
+
+    def __call__(self, rollouts: Rollouts, advantages: PerToken, run: Run) -> Choice:
+        ended = rollouts.facts["ended"].bool()
+        return Choice(keep=rollouts.mask & ended[:, None], logs={"finished_rows": ended.float().mean().item()})
