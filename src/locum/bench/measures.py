@@ -50,6 +50,7 @@ class Measure:
         digits: decimals shown.
         limits: the figure's interval over some lines, where it is made in another way.
         signed: a difference, shown with its sign.
+        aside: shown in the family's own sections of a report, not in its first table.
     """
 
     key: str
@@ -63,6 +64,7 @@ class Measure:
     digits: int = 2
     limits: Callable[[Sequence[Row]], tuple[float, float] | None] | None = None
     signed: bool = False
+    aside: bool = False
 
     def interval(self, lines: Sequence[Row]) -> tuple[float, float] | None:
         """The 95 % bootstrap interval of the figure, where it is known; of a median over at least two lines, for instance."""

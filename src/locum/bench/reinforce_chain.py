@@ -1,6 +1,7 @@
 """What claims on the digit chain share: training a warmed-up policy by a recipe, and exact figures on the way."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ HELD_OUT = 400  # prompts that exact figures are a mean over
 
 
 def learner(recipe: Recipe, seed: int, task: DigitChain, steps: int, epochs: int, lr: float = 1e-3) -> Learner:
-    """A learner on a copy of the warmed-up policy; draws depend on the seed alone, so arms are paired."""
+    """A learner on a copy of the warmed-up policy, which is the reference; draws depend on the seed alone, so arms are paired."""
     policy = pretrained(seed, task)
 
     def reward(problems: Sequence[Problem], completions: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -23,7 +24,10 @@ def learner(recipe: Recipe, seed: int, task: DigitChain, steps: int, epochs: int
     settings = Settings(epochs=epochs, rows_per_forward=4096, rows_per_pass=4096, max_grad_norm=None)
     optimizer = torch.optim.Adam(policy.parameters(), lr)
     run = Run(total=steps, room=task.limit)
-    return Learner(recipe, policy, optimizer, reward, run, seed, Sampling(temperature=1.0), settings)
+    sampling = Sampling(temperature=1.0)
+    return Learner(
+        recipe, policy, optimizer, reward, run, seed, sampling, settings, lambda: nullcontext(pretrained(seed, task))
+    )
 
 
 def train(

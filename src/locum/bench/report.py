@@ -19,7 +19,7 @@ from rich.text import Text as RichText
 from locum.bench.measures import Measure
 from locum.bench.store import Row
 
-__all__ = ["Page", "Part", "cell", "html", "shown_title", "table", "text"]
+__all__ = ["Page", "Part", "cell", "html", "html_table", "shown_title", "table", "text"]
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def _width(title: str) -> int:
 def html(page: Page, part: Part) -> str:
     """The report: one HTML document that needs nothing beside it."""
     blocks = [
-        (f"<h3>{text(name)}</h3>" if name else "") + f'<div class="scroll">{_html_table(page, rows)}</div>'
+        (f"<h3>{text(name)}</h3>" if name else "") + html_table(page, rows, [m for m in page.measures if not m.aside])
         for name, rows in page.blocks.items()
     ]
     return Template(_web("report.html")).substitute(
@@ -159,8 +159,9 @@ def _web(name: str) -> str:
     return resources.files("locum").joinpath(f"web/{name}").read_text("utf-8")
 
 
-def _html_table(page: Page, rows: Sequence[Row]) -> str:
-    shown = [m for m in page.measures if any(r[m.section].get(m.key) is not None for r in rows)]
+def html_table(page: Page, rows: Sequence[Row], measures: Sequence[Measure]) -> str:
+    """A table of those of the measures that somebody has, a row per method; it scrolls where it is too wide."""
+    shown = [m for m in measures if any(r[m.section].get(m.key) is not None for r in rows)]
     best = {m.key: _best(rows, m) for m in shown}
     heads = "".join(f'<th scope="col" title="{text(m.how)}">{text(shown_title(m))}{_unit(m)}</th>' for m in shown)
     settings = {
@@ -178,7 +179,8 @@ def _html_table(page: Page, rows: Sequence[Row]) -> str:
         hint = next((s for (m, g), s in settings.items() if m == row["method"] and g == row.get("group", g)), "")
         name = f'<th scope="row" title="{text(hint)}">{text(row["method"])}</th>'
         body.append(f'<tr class="{page.kinds[row["method"]]}">{name}{"".join(cells)}</tr>')
-    return f'<table><thead><tr><th scope="col">method</th>{heads}</tr></thead><tbody>{"".join(body)}</tbody></table>'
+    head = f'<thead><tr><th scope="col">method</th>{heads}</tr></thead>'
+    return f'<div class="scroll"><table>{head}<tbody>{"".join(body)}</tbody></table></div>'
 
 
 def _best(rows: Sequence[Row], measure: Measure) -> float | None:

@@ -329,13 +329,30 @@ def pass_at(policy: ChainPolicy, prompts: Prompts, k: int) -> float:
     return float((1 - (1 - success(policy, prompts)) ** k).mean())
 
 
+def mean_length(policy: ChainPolicy, prompts: Prompts) -> float:
+    """Expected tokens of an episode, exactly."""
+    return _expected(policy, prompts, 1.0)
+
+
 @torch.no_grad()
 def mean_entropy(policy: ChainPolicy, prompts: Prompts) -> float:
     """Nats per token that the policy says: expected entropy of an episode over its expected length, exactly."""
-    final = torch.zeros(len(prompts), 10, dtype=torch.float64, device=prompts.device)
     entropy = torch.special.entr(policy.laws(prompts)).sum(-1)
-    nats, tokens = (_backward(policy, prompts, final, earned)[:, 0, 0, 0, 0].mean() for earned in (entropy, 1.0))
-    return float(nats / tokens)
+    return _expected(policy, prompts, entropy) / mean_length(policy, prompts)
+
+
+@torch.no_grad()
+def mean_kl(policy: ChainPolicy, other: ChainPolicy, prompts: Prompts) -> float:
+    """KL(policy || other) of an episode, in nats, mean over prompts, exactly."""
+    p, q = policy.laws(prompts), other.laws(prompts)
+    return _expected(policy, prompts, (torch.special.xlogy(p, p) - torch.special.xlogy(p, q)).sum(-1))
+
+
+@torch.no_grad()
+def _expected(policy: ChainPolicy, prompts: Prompts, earned: Tensor | float) -> float:
+    """The expected sum over an episode of what is earned at each token, mean over prompts."""
+    final = torch.zeros(len(prompts), 10, dtype=torch.float64, device=prompts.device)
+    return float(_backward(policy, prompts, final, earned)[:, 0, 0, 0, 0].mean())
 
 
 @torch.no_grad()
