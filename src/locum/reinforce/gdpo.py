@@ -29,7 +29,8 @@ The objective has one ratio per completion, r = exp(Lhat - Lhat_old), not normal
 So a completion's log-probability stands on its last token, that token alone is kept, and its weight is 1/L_g. Each of the mu
 epochs draws masks of its own, and old, reference and current policy are asked with the same ones. `DiffuGRPO` is the baseline
 (arXiv 2504.12216): one forward with the whole completion hidden, each token its own ratio. Its marginals cannot tell right from
-wrong where tokens are right or wrong together: there its gradient is 0 in the mean.
+wrong where tokens are right or wrong together: there its gradient is 0 in the mean, until chance makes one text likelier than
+the others. At a large learning rate it then ends at that one, right but always the same: `locum show gdpo` has figures.
 
 Shapes: log-probabilities [rows, tokens] in nats; masks [N K, rows, tokens]. Cost: N K forwards per completion and epoch for the
 old policy, and as many with gradient, in one batch: a forward of r completions has r N K rows, so divide rows_per_forward by
