@@ -373,7 +373,7 @@ def test_figures(stats):
     assert sum(x.any() for x in counts.values()) >= 4
     if stats == "batch":
         ordered = s[mask].sort().values
-        assert plan.logs["hapo/signal_90%"] == ordered[round(0.9 * (len(ordered) - 1))].item()
+        assert plan.logs["hapo/signal_p90"] == ordered[round(0.9 * (len(ordered) - 1))].item()
 
 
 def test_recipes():

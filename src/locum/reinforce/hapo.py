@@ -32,6 +32,11 @@ decision is strengthened, and the surest token gets an advantage of 0. After C a
 punishment of long answers works against B: leave it out if answers shrink. Training is sensitive to tau: lower it first.
 The paper's settings are mode "zscore" and tau 0.1, its code's mode "minmax" and tau 0.05.
 
+On the digit chain (`locum show hapo`) HAPO is ahead of DAPO at the same learning rate, by C and a little by A, while B and D
+alone change nothing that can be told from chance. Its entropy ends lower than DAPO's, not higher as in the paper. The gain in
+pass@1 after 60 steps shrinks as the rate of both grows: 0.063, 0.026 and 0.003 at 1e-3, 2e-3 and 4e-3, and DAPO at 2e-3 is far
+ahead of HAPO at 1e-3. Tune the rate first.
+
 Example:
     >>> import torch
     >>> from locum.reinforce.hapo import HAPOClip, signal
@@ -58,8 +63,21 @@ from torch import Tensor
 
 from locum.errors import UserError
 from locum.method import require
-from locum.reinforce.advantages import GroupAdvantage, GroupNormalised
-from locum.reinforce.base import Adapt, Bound, Composed, Heat, Mask, Memory, PerToken, Piece, Run, Stage, Temperature
+from locum.reinforce.advantages import GroupNormalised
+from locum.reinforce.base import (
+    Adapt,
+    Bound,
+    Composed,
+    GroupAdvantage,
+    Heat,
+    Mask,
+    Memory,
+    PerToken,
+    Piece,
+    Run,
+    Stage,
+    Temperature,
+)
 from locum.tokens.groups import Groups
 from locum.tokens.rollouts import Rollouts
 from locum.tokens.tiles import tile_entropy, wide
@@ -265,7 +283,7 @@ class _Signalled(Adapt):
     @property
     def column(self) -> str:
         """Where the signal stands: the same for stages that read the same one."""
-        return f"hapo/{self.rho:g}" + ("/reference" if self.reference_sign else "")
+        return f"hapo/{self.rho}" + ("/reference" if self.reference_sign else "")
 
     def refuses(self, recipe: Composed) -> str:
         twice = sum(isinstance(stage, type(self)) for stage in recipe.stages) > 1
@@ -281,7 +299,7 @@ class _Signalled(Adapt):
         if self.column not in rollouts.columns:
             return {}
         s = rollouts.columns[self.column][rollouts.mask]
-        return {f"hapo/signal_{q:.0%}": float(_quantile(s, q)) for q in (0.1, 0.5, 0.9)}
+        return {f"hapo/signal_p{100 * q:.0f}": float(_quantile(s, q)) for q in (0.1, 0.5, 0.9)}
 
 
 @dataclass(frozen=True)
