@@ -121,7 +121,7 @@ def test_a_row_that_is_alone_has_advantage_0_with_a_warning(stage: GroupAdvantag
     """Of one text, whatever the row: Python shows it once."""
     said = set()
     for group in ([0, 1, 1], [5, 1, 1]):
-        with pytest.warns(UserWarning) as found:
+        with pytest.warns(UserWarning, match="one row only") as found:
             assert stage.of_rows(torch.tensor([5.0, 1.0, 0.0]), torch.tensor(group))[0] == 0
         said |= {str(w.message) for w in found}
     assert said == {"a group has one row only: its advantage is 0"}
