@@ -1,13 +1,12 @@
 """``locum align``: the flags are the general ones below and the fields of the chosen method."""
 
-import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from locum.cli.command import Command, console, emit, quiet_stdout, table
+from locum.cli.command import Command, calm, console, emit, quiet_stdout, table
 from locum.cli.flags import chosen_method, method_name, read_method
 from locum.errors import UserError
 from locum.method import names, require
@@ -160,7 +159,7 @@ class Align(Command):
             from locum.align.labels import labeller
             from locum.align.run import LoRA, align
 
-            _calm()
+            calm("locum.align")
             done = align(
                 self.method,
                 o.model,
@@ -194,11 +193,3 @@ class Align(Command):
         out.print(grid)
         out.print(f"{done.steps} steps on {done.counts['examples']} examples in {done.seconds:.0f} s: {done.folder}")
         return 0
-
-
-def _calm() -> None:
-    """transformers tells much that no user of the command line needs."""
-    import warnings
-
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    logging.getLogger("locum.align").setLevel(logging.INFO)

@@ -3,9 +3,11 @@
 import contextlib
 import io
 import json
+import logging
 import re
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, TypeVar
 
@@ -15,7 +17,7 @@ from rich.table import Table
 
 from locum.errors import UserError
 
-__all__ = ["Command", "console", "emit", "quiet_stdout", "read", "table"]
+__all__ = ["Command", "calm", "console", "emit", "quiet_stdout", "read", "table"]
 
 T = TypeVar("T")
 WIDTH = 100
@@ -94,3 +96,9 @@ def quiet_stdout(quiet: bool) -> Iterator[None]:
     """While `quiet`, whatever is printed goes to standard error, so that the JSON document stays alone."""
     with contextlib.redirect_stdout(sys.stderr) if quiet else contextlib.nullcontext():
         yield
+
+
+def calm(family: str) -> None:
+    """transformers tells much that no user of the command line needs; what a family tells is heard."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    logging.getLogger(family).setLevel(logging.INFO)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from locum.cli.command import Command, console, emit, quiet_stdout, read, table
+from locum.cli.command import Command, calm, console, emit, quiet_stdout, read, table
 from locum.cli.flags import text_file
 from locum.errors import UserError
 from locum.method import from_yaml, require
@@ -128,6 +128,7 @@ class Reinforce(Command):
             from locum.models.training import LoRA
             from locum.reinforce.run import reinforce
 
+            calm("locum.reinforce")
             train, held_out = self._data()
             done = reinforce(
                 recipe,
