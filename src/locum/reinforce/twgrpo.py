@@ -28,10 +28,10 @@ Shapes: weights [rows, tokens], without unit, column "twgrpo_divergence" the sam
 the output layer once more; logits of a group exist for a few columns at a time, in float32.
 
 Traps. Positions are compared by number, not by meaning: it suits answers that follow a template. With scope "all" a column that
-only one row reaches has a large D, often the largest: the other columns are squeezed towards 1 and the last token gets alpha; scope
-"valid" cures that. Disagreement is not importance everywhere: on the digit chain alpha = 1 learns fastest (`locum show twgrpo`
-has figures). Tokens ruled out by the sampler count with probability exp(-50). No gradient flows through weights (in the released code
-one does).
+only one row reaches has a large D, often the largest (on the digit chain in 42 % of the groups that end so): the other columns are
+squeezed towards 1 and the last token gets alpha; scope "valid" cures that. Disagreement is not importance everywhere: on the digit
+chain pass@1 after 60 steps is 0.336 with alpha 1, 0.329 with 1.7 and 0.298 with 4 (means of 8 seeds). Tokens ruled out by the sampler
+count with probability exp(-50). No gradient flows through weights (in the released code one does).
 
 Example:
     >>> import torch
