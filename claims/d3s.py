@@ -48,21 +48,27 @@ def run(seed: int, fast: bool, progress: Callable[[str, int, int], None]) -> dic
             "at_tokens_counted_once": at_budgets(curve, EPOCHS),
             "at_steps": [x["pass_at_1"] for x in curve if x["step"] in AT],
             "trained": [x["trained"] for x in curve],
-            "live_rows": [ROWS * (1 - x["level_groups"]) for x in curve[1:]],
+            "live_rows": [ROWS * (1 - x["level_groups"]) for x in curve[1:]],  # of the whole batch
         }
     row["D3S"] |= {
         "selected_rows": [x["d3s/selected_rows"] for x in curve[1:]],
         "variance": [x["d3s/variance"] for x in curve[1:]],
         "variance_of_all": [x["d3s/variance_before"] for x in curve[1:]],
         "useful_rows": [x["d3s/useful_rows"] for x in curve[1:]],
+        "offered_rows": [x["d3s/offered_rows"] for x in curve[1:]],
     }
     return row
 
 
-def useful(row: dict[str, Any]) -> float:
-    """Of the rows that D3S chose, the share whose advantage is not 0: mean over steps with at least as many such rows as chosen."""
+def useful(row: dict[str, Any], among: str) -> float:
+    """Of the rows that D3S chose, the share whose advantage is not 0: mean over steps with at least as many such rows as chosen.
+
+    Args:
+        among: such rows of what the selection across the batch chose from, or "live_rows", of the whole batch: rows that
+            their own group's selection has left out are no longer there to be chosen.
+    """
     arm = row["D3S"]
-    steps = zip(arm["useful_rows"], arm["selected_rows"], arm["live_rows"], strict=True)
+    steps = zip(arm["useful_rows"], arm["selected_rows"], arm[among], strict=True)
     found = [share for share, chosen, live in steps if chosen <= live + 1e-6]
     return mean(found) if found else 0.0
 
@@ -77,7 +83,7 @@ def judge(rows: list[dict[str, Any]]) -> Judgement:
         return [None if None in x else mean(x) for x in zip(*(r[name][what] for r in rows), strict=True)]
 
     p = [sign_test(g) for g in gaps("at_tokens")]
-    shares = [useful(r) for r in rows]
+    shares, in_batch = ([useful(r, among) for r in rows] for among in ("offered_rows", "live_rows"))
     figures: dict[str, Any] = {
         "p": p,
         "wins": {
@@ -85,6 +91,7 @@ def judge(rows: list[dict[str, Any]]) -> Judgement:
             for what in ("at_tokens", "at_tokens_counted_once", "at_steps")
         },
         "useful_rows": shares,
+        "useful_rows_in_batch": in_batch,
         "useful_rows_grpo": mean(x / ROWS for r in rows for x in r["GRPO"]["live_rows"]),
         "D3S": {what: means("D3S", what) for what in rows[0]["D3S"]},
         "GRPO": {what: means("GRPO", what) for what in rows[0]["GRPO"]},
@@ -108,7 +115,8 @@ def judge(rows: list[dict[str, Any]]) -> Judgement:
         f"{wins('at_tokens')} of {len(rows)} seeds; tokens counted once per rollout {shown('at_tokens_counted_once')}, ahead in "
         f"{wins('at_tokens_counted_once')}; at equal steps {'/'.join(map(str, AT))} {shown('at_steps')}, ahead in "
         f"{wins('at_steps')}, with {figures['D3S']['trained'][-1] / figures['GRPO']['trained'][-1]:.2f} of the trained tokens; "
-        f"rows whose advantage is not 0: {100 * mean(shares):.1f} % of the rows chosen (least in a seed {100 * min(shares):.1f} %), "
+        f"rows whose advantage is not 0: {100 * mean(shares):.1f} % of the rows chosen (least in a seed "
+        f"{100 * min(shares):.1f} %; {100 * min(in_batch):.1f} % over the steps with enough of them in the whole batch), "
         f"{100 * figures['useful_rows_grpo']:.1f} % of GRPO's; variance of the advantages chosen at these steps "
         f"{'/'.join(f'{x:.2f}' for x in variance)}, of all {'/'.join(f'{x:.2f}' for x in of_all)}"
     )
@@ -122,8 +130,9 @@ claim = Claim(
     "has learnt more than by GRPO after as many trained tokens.",
     criterion="Holds if on the digit chain (hetero, 16 prompts x 8, 60 steps of 2 updates, Adam 1e-3) pass@1 at 5k, 10k, 20k and "
     "40k trained tokens (interpolated; a token counts once for each update that it is part of) is higher with D3S than with GRPO "
-    "in at least 7 of 8 seeds at each (paired one-sided sign test, p <= 0.04), and over the steps in which there are enough rows "
-    "whose advantage is not 0, at least 95 % of the rows chosen are such rows, in every seed. Fails otherwise.",
+    "in at least 7 of 8 seeds at each (paired one-sided sign test, p <= 0.04), and over the steps in which the selection across "
+    "the batch has enough rows to choose from whose advantage is not 0, at least 95 % of those chosen are such rows, in every "
+    "seed. Fails otherwise.",
     seeds=tuple(range(8)),
     run=run,
     judge=judge,

@@ -113,13 +113,15 @@ class D3S(Weigh):
         p, mask = run.progress, rollouts.mask
         _finite(advantages, mask, "advantage")
         value, live = self.of_rows(rollouts, advantages), ((advantages != 0) & mask).any(-1)
-        chosen = self.chosen(value, members(rollouts.group), p) & live.any()  # of nothing but zeros none is better
+        groups = members(rollouts.group)
+        offered = self.offered(value, groups, p)
+        chosen = self.chosen(value, groups, p) & live.any()  # of nothing but zeros none is better
         keep, k = mask & chosen[:, None], _between(self.tokens, p)
         if k < 1:
             entropy = rollouts.columns["entropy"]
             _finite(entropy, mask, "entropy")
             keep = densest(advantages.abs() * entropy, keep, k, self.per)
-        return Choice(keep=keep, logs=_logs(value, chosen, live))
+        return Choice(keep=keep, logs=_logs(value, chosen, live) | {"d3s/offered_rows": float((offered & live).sum())})
 
     def of_rows(self, rollouts: Rollouts, advantages: PerToken) -> PerRow:
         """What each row is selected by. A row without a reward is in the middle."""
@@ -134,15 +136,20 @@ class D3S(Weigh):
         Args:
             groups: the numbers of each group's rows.
         """
-        chosen = torch.ones_like(value, dtype=torch.bool)
-        if self.scope != "batch":
-            for at in groups:
-                chosen[at] = widest(value[at], _count(self.rows, p, len(at), 1, "group"))
+        chosen = self.offered(value, groups, p)
         if self.scope != "group":
             wanted = _count(self.shares or self.rows, p, len(value), len(groups), "batch")
             at = chosen.nonzero()[:, 0]
             chosen[at] = widest(value[at], wanted)
         return chosen
+
+    def offered(self, value: PerRow, groups: tuple[Tensor, ...], p: float) -> Rows:
+        """What is left of each group: the rows that a selection across the batch chooses from."""
+        offered = torch.ones_like(value, dtype=torch.bool)
+        if self.scope != "batch":
+            for at in groups:
+                offered[at] = widest(value[at], _count(self.rows, p, len(at), 1, "group"))
+        return offered
 
 
 def widest(value: PerRow, n: int) -> Rows:
