@@ -146,7 +146,7 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(capsys, model_folders, files,
     [
         (["compare"], "say which family to compare: "),
         (["compare", "decod"], "unknown family 'decod': did you mean 'decode'?"),
-        (["compare", "reinforce"], "nothing of the family reinforce can be compared yet"),
+        (["compare", "search"], "nothing of the family search can be compared yet"),
         (["compare", "decode", "--methods", "plain,lokup"], "unknown method of decode 'lokup': did you mean 'lookup'?"),
         (["compare", "decode", "--prompts", "{files}/missing.txt"], "missing.txt"),
         (["compare", "decode", "--prompts", "{files}/empty.txt"], "empty.txt"),

@@ -64,7 +64,7 @@ BAD = {
     "unknown method": ([*DECODE, "--method", "tokenrecyling"], "did you mean 'tokenrecycling'?"),
     "unknown method to compare": (["compare", "decode", "--methods", "plain,lokup"], "did you mean 'lookup'?"),
     "unknown family": (["compare", "decoding"], "unknown family 'decoding': did you mean 'decode'?"),
-    "family without code": (["compare", "reinforce"], "nothing of the family reinforce can be compared yet"),
+    "family without code": (["compare", "search"], "nothing of the family search can be compared yet"),
     "unknown verifier": ([*DECODE, "--method", "lookup", "--verifier", "macth"], "did you mean 'match'?"),
     "unknown option": ([*DECODE, "--tempratur", "1"], "--tempratur"),
     "unknown claim": (["verify", "spectre"], "unknown paper 'spectre': did you mean 'spectr'?"),

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from locum.bench.measures import Measure, largest, last, mean, mean_interval, median, paired_limits, ratio, raw
+from locum.bench.measures import PEAK_MEMORY, Measure, last, mean, mean_interval, median, paired_limits, ratio, raw
 from locum.bench.store import Row
 
 __all__ = ["BASELINE", "MEASURES", "along_kl", "at_levels", "score_limits"]
@@ -181,10 +181,5 @@ MEASURES = (
         "seconds of training and of what comes before, by DPO's; median over seeds. Measured in one run, not beside each other",
         median(_time_by_baseline),
     ),
-    Measure(
-        "peak_memory_mb", "cost", "peak MB", "", "lower",
-        "largest growth of memory in a training. CPU: resident memory of the process, peak less start, so memory that it already "
-        "held does not count. CUDA: the allocator's peak less start",
-        largest("peak_memory_mb"), digits=0,
-    ),
+    PEAK_MEMORY,
 )  # fmt: skip

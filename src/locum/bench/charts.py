@@ -152,7 +152,8 @@ def curves(lines: Sequence[Line], x_title: str, y_title: str, *, small: bool = F
         return '<p class="none">Nothing to draw yet.</p>'
     spots = [s for line in lines for s in line.spots]
     ys = [y for s in spots for y in (s.y, *(s.limits or ()))] + ([0.0] if zero else [])
-    sizes = (400, 270, 14) if small else (WIDTH, HEIGHT, RIGHT - 40)
+    named = max(RIGHT - 40, 8 * max(len(line.name) for line in lines) + 24)  # names stand right of the plane
+    sizes = (400, 270, 14) if small else (WIDTH, HEIGHT, named)
     plane = _Plane([s.x for s in spots], ys, *sizes, left=LEFT + 12, room=0.0)
     few = max(len(line.spots) for line in lines) <= FEW
     parts = plane.frame(x_title, y_title)

@@ -14,6 +14,7 @@ import numpy as np
 from locum.bench.store import Row
 
 __all__ = [
+    "PEAK_MEMORY",
     "Measure",
     "aggregate",
     "interval",
@@ -47,7 +48,7 @@ class Measure:
         how: one sentence on how it is computed.
         of: the figure over some lines, all of one method; None when there is none.
         each: the figure of one line, where the whole is a median over lines: from these the interval is drawn.
-        digits: decimals shown.
+        digits: decimals shown; of a share, whose unit is "%", two more than its percentage shows.
         limits: the figure's interval over some lines, where it is made in another way.
         signed: a difference, shown with its sign.
         aside: shown in the family's own sections of a report, not in its first table.
@@ -74,7 +75,9 @@ class Measure:
 
     def shown(self, value: float) -> str:
         """A number as it is shown, without its unit but for a percentage."""
-        return f"{value * 100:.0f} %" if self.unit == "%" else f"{value:{'+' if self.signed else ''}.{self.digits}f}"
+        if self.unit == "%":
+            return f"{value * 100:.{self.digits - 2}f} %"
+        return f"{value:{'+' if self.signed else ''}.{self.digits}f}"
 
 
 def interval(values: Sequence[float], draws: int = 2000) -> tuple[float, float] | None:
@@ -151,6 +154,19 @@ def largest(name: str) -> Callable[[Sequence[Row]], float | None]:
         return max(_known(map(raw(name), lines)), default=None)
 
     return of
+
+
+PEAK_MEMORY = Measure(
+    "peak_memory_mb",
+    "cost",
+    "peak MB",
+    "",
+    "lower",
+    "largest growth of memory in a training. CPU: resident memory of the process, peak less start, so memory that it already "
+    "held does not count. CUDA: the allocator's peak less start",
+    largest("peak_memory_mb"),
+    digits=0,
+)
 
 
 def total(key: str) -> Callable[[Sequence[Row]], float | None]:
