@@ -25,7 +25,7 @@ class Reinforce(Command):
             that `datasets` saved; gym:NAME makes problems of a reasoning-gym dataset.
         out: the folder of the trained model; `from_pretrained` reads it.
         recipe: a baseline or a paper, then pieces: "dapo + hapo.clip + d3s(tokens=(0.2, 1.0))". A .yaml file will do as well.
-        reward: math, exact, format, reasoning-gym:NAME, or your own function as module:function or file.py:function.
+        reward: math, exact, format, choice, reasoning-gym:NAME, or your own function as module:function or file.py:function.
         model: a shipped name, a path, or a hub name.
         reference: for recipes with kl; the model as it is before training when left out.
         eval_data: held-out problems; with gym:NAME a part of them is held out by itself.

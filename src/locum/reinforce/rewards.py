@@ -26,6 +26,7 @@ from locum.errors import MissingExtra, UserError, unknown
 from locum.method import require
 from locum.reinforce.apart import grade
 from locum.reinforce.grader import final_answer, last_tag
+from locum.reinforce.twgrpo import SoftChoice
 
 __all__ = ["ExactAnswer", "Format", "MathAnswer", "ReasoningGym", "Reward", "Weighted", "from_name", "gym"]
 
@@ -167,13 +168,18 @@ class Weighted:
 def from_name(text: str) -> Reward:
     """The reward that a command line names.
 
-    "math", "exact" and "format" are `MathAnswer`, `ExactAnswer` and `Format`; "reasoning-gym:chain_sum" is `ReasoningGym`
+    "math", "exact", "format" and "choice" are `MathAnswer`, `ExactAnswer`, `Format` and TW-GRPO's `SoftChoice`; "reasoning-gym:chain_sum" is `ReasoningGym`
     on that dataset; "module:function" and "path/to/file.py:function" are the user's own, and importing them runs the
     user's code. Name nothing here that comes from data.
 
     Raises: UserError for a name that is not known, and for a function that cannot be had.
     """
-    known: dict[str, Callable[[], Reward]] = {"math": MathAnswer, "exact": ExactAnswer, "format": Format}
+    known: dict[str, Callable[[], Reward]] = {
+        "math": MathAnswer,
+        "exact": ExactAnswer,
+        "format": Format,
+        "choice": SoftChoice,
+    }
     where, _, name = text.rpartition(":")
     if not where or not name:
         if text not in known:
