@@ -168,9 +168,9 @@ class Weighted:
 def from_name(text: str) -> Reward:
     """The reward that a command line names.
 
-    "math", "exact", "format" and "choice" are `MathAnswer`, `ExactAnswer`, `Format` and TW-GRPO's `SoftChoice`; "reasoning-gym:chain_sum" is `ReasoningGym`
-    on that dataset; "module:function" and "path/to/file.py:function" are the user's own, and importing them runs the
-    user's code. Name nothing here that comes from data.
+    "math", "exact", "format" and "choice" are `MathAnswer`, `ExactAnswer`, `Format` and TW-GRPO's `SoftChoice`;
+    "reasoning-gym:chain_sum" is `ReasoningGym` on that dataset; "module:function" and "path/to/file.py:function" are the user's
+    own, and importing them runs the user's code. Name nothing here that comes from data.
 
     Raises: UserError for a name that is not known, and for a function that cannot be had.
     """
