@@ -52,13 +52,10 @@ class ReinforceRunner:
 
     def __call__(self, unit: Unit) -> Row:
         world, recipe = self.worlds[unit.group], recipe_of(unit.method, self.plan.group_size)
-        with (
-            warnings.catch_warnings(),
-            PeakMemory(world.device) as memory,
-            world.training(recipe, unit.seed) as training,
-        ):
+        with warnings.catch_warnings(), PeakMemory(world.device) as memory:
             warnings.simplefilter("ignore", FutureWarning)  # what transformers will rename is no news to the user
-            row = self._train(unit, training)
+            with world.training(recipe, unit.seed) as training:
+                row = self._train(unit, training)
         if isinstance(world, TextWorld):  # of the chain the exact figures take more than the training
             row |= {"peak_memory_mb": memory.megabytes, "memory_how": memory.how}
         drawn = {"pipeline": recipe.pipeline(), "yaml": to_yaml(recipe)}

@@ -176,8 +176,8 @@ class TextWorld:
         """The policy, and what opens the policy as it was at the start; at the end the model is what it was."""
         rank = self.plan.lora_rank
         if self.lm is None or not rank:
-            model = copy.deepcopy(lm.model)
-            yield self._made(recipe, LM(model, lm.tokenizer, lm.name), lm.model.eval().requires_grad_(False))
+            model, start = copy.deepcopy(lm.model).requires_grad_(True), lm.model.eval().requires_grad_(False)
+            yield self._made(recipe, LM(model, lm.tokenizer, lm.name), start)
             return
         with LoRA(rank, 2.0 * rank).lent(lm.model, seed) as adapted:
             yield self._made(recipe, LM(adapted, lm.tokenizer, lm.name), None)
