@@ -399,3 +399,29 @@ def test_more_minibatches_than_rows() -> None:
     before = weights(teacher)
     teacher.step(prompts())
     assert not torch.equal(weights(teacher), before)
+
+
+@pytest.mark.parametrize("rows", [4, 64])
+@pytest.mark.parametrize("patience", [2.0, 3.0])
+def test_a_batch_of_wild_ratios_changes_nothing_however_it_is_split(rows, patience):
+    """Old log-probabilities are a nat too low, so every ratio is e: beyond a patience of 2, within one of 3."""
+    task = DigitChain(length=3, warm_steps=20)
+    policy = pretrained(0, task)
+    before = [p.detach().clone() for p in policy.parameters()]
+
+    def reward(problems: Sequence[Problem], completions: Sequence[Sequence[int]]) -> Tensor:
+        return torch.arange(len(problems)) % 2 * 1.0
+
+    recipe = Recipe.read(f"grpo + clip(patience={patience}, high=inf)")
+    settings = Settings(rows_per_forward=rows, max_grad_norm=None)
+    optimizer = torch.optim.SGD(policy.parameters(), 1.0)
+    learner = Learner(recipe, policy, optimizer, reward, Run(room=6), settings=settings)
+    prompts = task.prompts(4, torch.Generator().manual_seed(0)).tolist()
+    rollouts, _ = learner.collect(lambda batch: [Problem(p) for p in prompts])
+    assert rollouts is not None
+    with torch.no_grad():
+        logp = recipe.likelihood.columns(policy, rollouts, frozenset({"logp"}))["logp"]
+    found = learner._update(recipe.prepare(rollouts.with_columns(old_logp=logp - rollouts.mask.float())))
+    moved = any(not torch.equal(p, q) for p, q in zip(policy.parameters(), before, strict=True))
+    assert moved == (patience > 2.8)
+    assert bool(found["passed_over"]) != moved

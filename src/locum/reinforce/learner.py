@@ -312,11 +312,15 @@ class Learner:
         norm = float(nn.utils.clip_grad_norm_(parameters, limit))
         if norm != norm or norm == float("inf"):
             raise UserError(f"the gradient's norm is {norm} in step {self.run.step}: nothing was changed by it")
-        self.changed = True
-        self.optimizer.step()
         names = sorted(sums)
-        summed = p.total(torch.stack([sums[n] for n in names])).tolist()
-        return dict(zip(names, summed, strict=True)) | {"grad_norm": norm, "steps": 1.0}
+        summed = dict(zip(names, p.total(torch.stack([sums[n] for n in names])).tolist(), strict=True))
+        patience = self.recipe.clip.patience
+        if patience is not None:
+            summed["passed_over"] = float(summed["ratio"] > patience * summed["tokens"]) * summed["tokens"]
+        if not summed.get("passed_over"):
+            self.changed = True
+            self.optimizer.step()
+        return summed | {"grad_norm": norm, "steps": 1.0}
 
 
 def _prompts(rollouts: Rollouts) -> int:

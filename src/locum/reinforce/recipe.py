@@ -284,7 +284,8 @@ class Recipe:
         Args:
             plan: the rows.
             columns: of the current policy, with gradient: "logp", and what `live` names.
-            total: the denominator, summed over the whole optimiser's batch (of all processes); that of these rows if None.
+            total: the denominator, summed over the whole optimiser's batch (of all processes); None if these rows are all of it.
+                Whether a batch is passed over (`Clip.patience`) is then for the caller to say: a part of it cannot know.
         """
         rollouts, keep, logp = plan.rollouts, plan.keep, columns["logp"]
         ratio = self._one("ratio")(logp, rollouts.columns.get("old_logp", logp.detach()), rollouts.mask)
@@ -307,7 +308,7 @@ class Recipe:
         if (beside := self.advantage.beside(columns, rollouts)) is not None:
             loss = loss + beside
         loss = torch.where(keep, loss, 0.0)
-        total = plan.count.sum() if total is None else total
+        whole, total = total is None, plan.count.sum() if total is None else total
         counted = self.aggregate.counted(keep, rollouts.mask, plan.weight)
         value = self.aggregate.rows(loss, counted).sum() / torch.where(total == 0, 1.0, total)
         with torch.no_grad():
@@ -316,7 +317,7 @@ class Recipe:
             logs = _logs(ratio, keep, below, above)
             for stage, seen, factor in read:
                 logs |= stage.sums(seen, keep, factor, below, above)
-            if clip.patience is not None:
+            if clip.patience is not None and whole:
                 logs["passed_over"] = (logs["ratio"] > clip.patience * logs["tokens"]).to(ratio.dtype)
         if "passed_over" in logs:
             value = value * (1.0 - logs["passed_over"])
