@@ -33,7 +33,7 @@ from locum.reinforce import (
     TokenRatio,
 )
 from locum.reinforce.base import Choice, GroupAdvantage, Weigh
-from locum.reinforce.recipe import Plan
+from locum.reinforce.plan import Plan
 from locum.tokens.rollouts import Generated, Rollouts
 
 F64 = torch.float64

@@ -45,7 +45,7 @@ from locum.reinforce.base import Piece, Weigh
 from locum.reinforce.gdpo import SequenceKL, _Infilling
 from locum.reinforce.learner import Learner, Problem, Settings
 from locum.reinforce.old_policy import old_policy
-from locum.reinforce.recipe import Plan
+from locum.reinforce.plan import Plan
 from locum.tasks.digit_chain import DigitChain, pretrained
 from locum.tasks.mnns import MNNS, small_model
 from locum.tasks.permutations import Permutations, untrained

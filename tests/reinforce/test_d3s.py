@@ -15,7 +15,7 @@ from locum.errors import UserError
 from locum.reinforce import D3S, HOSTS, Recipe, Run
 from locum.reinforce.d3s import densest, widest
 from locum.reinforce.losses import SequenceMean
-from locum.reinforce.recipe import Plan
+from locum.reinforce.plan import Plan
 from locum.tokens.groups import group_stats
 from locum.tokens.rollouts import Generated, Rollouts
 

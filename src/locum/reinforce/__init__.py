@@ -22,7 +22,8 @@ from locum.reinforce.gdpo import GDPO, DiffuGRPO
 from locum.reinforce.hapo import HAPO, HAPOAdvantage, HAPOClip, HAPORedistribute, HAPOTemperature
 from locum.reinforce.likelihood import Autoregressive
 from locum.reinforce.losses import KL, Clip, Constant, SequenceMean, SequenceRatio, SequenceSum, TokenMean, TokenRatio
-from locum.reinforce.recipe import HOSTS, Plan, Recipe
+from locum.reinforce.plan import Plan
+from locum.reinforce.recipe import HOSTS, Recipe
 from locum.reinforce.segments import SPOChainSample, SPOTreeSample
 from locum.reinforce.spo import SPOChain, SPOChainAdvantage, SPODrop, SPOMask, SPOTree, SPOTreeAdvantage, SPOWhiten
 from locum.reinforce.thr import THR

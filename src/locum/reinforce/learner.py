@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from locum.errors import UserError
 from locum.reinforce.base import Asked, PerToken, Run
 from locum.reinforce.old_policy import columns_of, old_policy
-from locum.reinforce.recipe import Plan, Recipe
+from locum.reinforce.plan import Plan
+from locum.reinforce.recipe import Recipe
 from locum.tokens.groups import group_stats
 from locum.tokens.rollouts import Rollouts, seeds, uniforms
 from locum.tokens.sampling import Sampling

@@ -10,10 +10,8 @@
 log-probabilities to a number. Both are plain functions of tensors: they serve any training loop.
 """
 
-import ast
-import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -22,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from locum.errors import UserError, unknown
-from locum.method import names, outside
+from locum.method import outside
 from locum.reinforce.advantages import GAE, BatchCentred, GroupCentred, GroupNormalised, LeaveOneOut
 from locum.reinforce.base import (
     Adapt,
@@ -43,9 +41,11 @@ from locum.reinforce.base import (
 from locum.reinforce.collect import Flat, Informative
 from locum.reinforce.likelihood import Autoregressive
 from locum.reinforce.losses import Clip, Constant, SequenceMean, SequenceRatio, TokenMean, TokenRatio
+from locum.reinforce.plan import Plan
+from locum.reinforce.terms import name_of, piece_of, term
 from locum.tokens.rollouts import Rollouts
 
-__all__ = ["HOSTS", "Plan", "Recipe", "of"]
+__all__ = ["HOSTS", "Recipe", "of"]
 
 ORDER = {  # slot -> what it is called when a pipeline is drawn
     "likelihood": "likelihood",
@@ -76,39 +76,6 @@ HOSTS: dict[str, tuple[Stage, ...]] = {
 KNOWN = frozenset({"old_logp", "ref_logp"})  # what can be had of any policy
 
 
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """A batch that is ready to be trained on: rows with at least one kept token, and what the stages made of them.
-
-    Args:
-        rollouts: with the columns of the old policy and the stages' signals.
-        advantages, weight: per token, without gradient.
-        keep: the tokens that enter the loss.
-        count: what each row adds to the loss's denominator; rows that were dropped are shared out among those left.
-        logs: figures of the static stages.
-    """
-
-    rollouts: Rollouts
-    advantages: PerToken
-    weight: PerToken
-    keep: Mask
-    count: Float[Tensor, " rows"]
-    logs: Mapping[str, float] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(self.rollouts)
-
-    def __getitem__(self, rows: Tensor | slice) -> "Plan":
-        a, w, k, n = (x[rows] for x in (self.advantages, self.weight, self.keep, self.count))
-        return Plan(self.rollouts[rows], a, w, k, n, self.logs)
-
-    def trimmed(self) -> "Plan":
-        """Without columns that are padding in every row."""
-        rollouts = self.rollouts.trimmed()
-        t = rollouts.mask.shape[1]
-        return Plan(rollouts, self.advantages[:, :t], self.weight[:, :t], self.keep[:, :t], self.count, self.logs)
-
-
 @dataclass(frozen=True)
 class Recipe:
     """A point of the pipeline: a baseline, and pieces in the place of its stages.
@@ -132,7 +99,7 @@ class Recipe:
                 before = brought.setdefault(stage.slot, piece)
                 if stage.single and before is not piece:
                     raise UserError(
-                        f"a recipe has one {ORDER[stage.slot]} stage, and both {_name(before)} and {_name(piece)} bring one: "
+                        f"a recipe has one {ORDER[stage.slot]} stage, and both {name_of(before)} and {name_of(piece)} bring one: "
                         "leave one of them out, or take single parts of it"
                     )
         provided = KNOWN | self.likelihood.provides | self.sample.makes
@@ -344,7 +311,7 @@ class Recipe:
         return Recipe(self.host, (*self.pieces, *_items(other)))
 
     def __str__(self) -> str:
-        return " + ".join([self.host, *(_term(p) for p in self.pieces)])
+        return " + ".join([self.host, *(term(p) for p in self.pieces)])
 
     @staticmethod
     def read(text: str) -> "Recipe":
@@ -356,8 +323,8 @@ class Recipe:
         if not terms[0]:
             raise UserError(f"a recipe begins with a baseline or a paper ({', '.join(HOSTS)}), got {text!r}")
         if terms[0] in HOSTS:
-            return Recipe(terms[0], tuple(_piece(t) for t in terms[1:]))
-        first, *rest = (_piece(t) for t in terms)
+            return Recipe(terms[0], tuple(piece_of(t, HOSTS) for t in terms[1:]))
+        first, *rest = (piece_of(t, HOSTS) for t in terms)
         return of(first, rest)
 
     def pipeline(self) -> list[dict[str, Any]]:
@@ -365,8 +332,8 @@ class Recipe:
         return [
             {
                 "slot": ORDER[stage.slot],
-                "stage": _term(stage),
-                "from": next((_name(p) for p in self.pieces if any(s == stage for s in p.stages())), self.host),
+                "stage": term(stage),
+                "from": next((name_of(p) for p in self.pieces if any(s == stage for s in p.stages())), self.host),
                 "each": "minibatch" if stage.slot in PER_MINIBATCH else "batch",
             }
             for stage in self.stages
@@ -408,55 +375,3 @@ def _not_finite(logp: PerToken, loss: PerToken, rollouts: Rollouts) -> str:
         f"the loss is not finite: token {column} of row {row} has log-probability {logp[row, column].item()}; "
         "the policy's logits are not finite, or rule out a token that was sampled"
     )
-
-
-def _term(piece: Piece) -> str:
-    """As `Recipe.read` reads it: the name, and the fields that are not at their defaults."""
-    default = type(piece)()
-    given = [
-        f"{f.name}={getattr(piece, f.name)!r}"
-        for f in fields(piece)
-        if getattr(piece, f.name) != getattr(default, f.name)
-    ]
-    return _name(piece) + (f"({', '.join(given)})" if given else "")
-
-
-def _name(piece: Piece) -> str:
-    return type(piece).__name__.lower()
-
-
-def _piece(term: str) -> Piece:
-    found = re.fullmatch(r"(\w+)(?:\.(\w+))?(?:\((.*)\))?", term, re.DOTALL)
-    if found is None:
-        raise UserError(f"cannot read {term!r}: write a name, or a name with settings like clip(low=0.1)")
-    known = names("reinforce", "Piece")
-    name = (found[1] + (found[2] or "")).lower()
-    if name not in known:
-        if name in HOSTS:
-            raise UserError(f"the baseline {name} comes first in a recipe, not behind other terms")
-        raise unknown("piece of a recipe", term.split("(")[0], [*HOSTS, *known])
-    cls = known[name]
-    try:
-        call = ast.parse(f"f({found[3] or ''})", mode="eval").body
-        assert isinstance(call, ast.Call)
-        if call.args:
-            raise UserError(
-                f"write the settings of {name} by name, like {name}({fields(cls)[0].name}=...), got {term!r}"
-            )
-        given = {str(k.arg): _literal(k.value) for k in call.keywords}
-    except (SyntaxError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"cannot read the settings of {term!r}: they must be plain values") from None
-    if strange := set(given) - {f.name for f in fields(cls)}:
-        raise unknown(f"field of {cls.__name__}", min(strange), [f.name for f in fields(cls)])
-    return cls(**given)
-
-
-def _literal(node: ast.expr) -> Any:
-    """A plain value; inf too."""
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) and isinstance(node.operand, ast.Name):
-        return -_literal(node.operand)
-    if isinstance(node, ast.Name) and node.id == "inf":
-        return float("inf")
-    return ast.literal_eval(node)
