@@ -19,7 +19,7 @@ points t_n with weights w_n, and each takes K random masks:
     "midpoint-N"   t_n = (n - 1/2)/N           "simpson"   t = .1, .5, 1 with weights 1/6, 4/6, 1/6
     "double-mc-N"  t_n uniform, drawn anew for every completion: what the others are compared with
     mask "count"      |S| = floor(tL) + 1, c = L/|S|: the double Monte Carlo estimate is unbiased
-         "bernoulli"  each token with probability t, c = 1/t: the formula above; an empty mask adds 0
+         "bernoulli"  each token with probability t, c = 1/t: the formula above; empty, 0
          "floor"      |S| = max(1, floor(tL)), c = 1/t: what public code does; too low, as |S| < tL
 
 The objective has one ratio per completion, r = exp(Lhat - Lhat_old), not normalised by length; A = R - mean of the group:
