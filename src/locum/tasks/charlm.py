@@ -14,13 +14,10 @@ A token is a byte, so the vocabulary is 256 and `LM.encode` and `LM.decode` need
 """
 
 import hashlib
-import json
-import math
 import random
 import sys
 import sysconfig
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,16 +28,16 @@ from jaxtyping import Int
 from torch import Tensor
 
 from locum.errors import UserError
-from locum.models import LM, cache_dir
+from locum.models import LM
+from locum.tasks.made import Progress, fit, kept, llama, require_sizes
 
 __all__ = ["ByteTokenizer", "held_out_loss", "stdlib_prompts", "train"]
 
 VOCABULARY = 256
+HEAD = 32  # width of an attention head
 CONTEXT = 160  # bytes a training window holds: prompts of 64, 64 new ones, and a deep draft tree
 HELD_OUT = 10  # every tenth file is never trained on
 _APART = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-
-Progress = Callable[[str, int, int], None]
 
 
 class ByteTokenizer:
@@ -80,11 +77,7 @@ def train(
     Raises: UserError for a size that is not positive or a width that does not divide into heads.
     """
     sizes = {"layers": layers, "width": width, "steps": steps, "batch": batch}
-    for name, value in sizes.items():
-        if value < 1:
-            raise UserError(f"charlm.train: {name} must be at least 1, got {value}")
-    if width % 32:
-        raise UserError(f"charlm.train: width must be a multiple of 32, got {width}")
+    require_sizes("charlm.train", HEAD, **sizes)
     text, _ = _library()
     settings = {
         **sizes,
@@ -95,12 +88,11 @@ def train(
         "torch": torch.__version__,
         "recipe": 1,  # raised when the training below changes
     }
-    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-    where = cache_dir() / "charlm" / f"{layers}x{width}-{key}"
-    if not (where / "config.json").exists():
-        model = _fit(_fresh(layers, width, seed), text, steps, batch, seed, learning_rate, progress)
-        _keep(model, settings, where)
-    return LM(_load(where), ByteTokenizer(), f"charlm-{layers}x{width}")
+
+    def make() -> Any:
+        return _fit(_fresh(layers, width, seed), text, steps, batch, seed, learning_rate, progress)
+
+    return LM(kept("charlm", f"{layers}x{width}", settings, make), ByteTokenizer(), f"charlm-{layers}x{width}")
 
 
 def stdlib_prompts(n: int, length: int, seed: int = 0) -> list[list[int]]:
@@ -150,78 +142,18 @@ def _sources(root: Path) -> Iterator[Path]:
 
 
 def _fresh(layers: int, width: int, seed: int) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=width,
-        intermediate_size=3 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=width // 32,
-        num_key_value_heads=width // 32,
-        max_position_embeddings=4096,
-        initializer_range=0.5 * width**-0.5,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return LlamaForCausalLM(config)
+    return llama(VOCABULARY, layers, width, HEAD, seed)
 
 
 def _fit(
     model: Any, text: bytes, steps: int, batch: int, seed: int, learning_rate: float, progress: Progress | None
 ) -> Any:
-    data = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
+    data, generator = torch.frombuffer(bytearray(text), dtype=torch.uint8), torch.Generator().manual_seed(seed)
+    windows = (_windows(data, batch, generator) for _ in range(steps))
     name = f"training {model.config.num_hidden_layers}x{model.config.hidden_size}"
-    model.train()
-    for step in range(steps):
-        rate = learning_rate * min(1.0, (step + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        ids = _windows(data, batch, generator)
-        logits = model(input_ids=ids[:, :-1]).logits
-        loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        if progress is not None:
-            progress(name, step + 1, steps)
-    return model.eval()
+    return fit(model, ((ids[:, :-1], ids[:, 1:]) for ids in windows), steps, learning_rate, name, progress)
 
 
 def _windows(data: Tensor, batch: int, generator: torch.Generator) -> Int[Tensor, "batch context_and_one"]:
     starts = torch.randint(len(data) - CONTEXT, (batch, 1), generator=generator)
     return data[starts + torch.arange(CONTEXT + 1)].long()
-
-
-def _keep(model: Any, settings: dict[str, Any], where: Path) -> None:
-    """Write the model into the cache: all of it or nothing."""
-    where.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=where.parent, prefix=".making-") as scratch:
-        made = Path(scratch) / "made"
-        model.save_pretrained(made)
-        (made / "settings.json").write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
-        try:
-            made.replace(where)
-        except OSError:
-            if not (where / "config.json").exists():  # not simply another process that was faster
-                raise
-
-
-def _load(where: Path) -> Any:
-    from transformers import LlamaForCausalLM
-    from transformers.utils import logging
-
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        return LlamaForCausalLM.from_pretrained(where, dtype=torch.float32).eval()
-    finally:
-        if bars:
-            logging.enable_progress_bar()
