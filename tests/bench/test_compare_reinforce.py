@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from locum.bench.reinforce_measures import MEASURES, along
 from locum.bench.reinforce_plan import CHAIN, DATA, GYM, RECIPES
 from locum.cli import main
 from locum.errors import UserError
+from locum.tasks import gym_sums
 
 sys.path.insert(0, str(Path(__file__).parent))
 from fake import NASTY
@@ -287,6 +289,42 @@ def test_no_prompt_is_trained_on_and_held_out(on_texts):
     assert not {r["prompt"] for r in train} & {r["prompt"] for r in held_out}
 
 
+@pytest.fixture
+def tiny_sums(monkeypatch, tmp_path_factory):
+    """The sums with a model that is made in a moment."""
+    pytest.importorskip("reasoning_gym", reason="needs the extra 'reinforce'")
+    monkeypatch.setenv("LOCUM_CACHE", str(tmp_path_factory.mktemp("cache")))
+    small = {"train": 40, "layers": 1, "width": 16, "steps": 3, "batch": 4}
+    monkeypatch.setattr(gym_sums, "world", partial(gym_sums.world, **small))
+
+
+def test_sums_are_learnt_by_a_model_of_the_seed_s_own(tiny_sums, tmp_path):
+    settings = {"seeds": 2, "steps": 2, "prompts": 2, "group_size": 4, "held_out": 6, "answers": 2, "checkpoints": 2}
+    task = ReinforceTask(methods=("rloo",), task="gym-sums", max_new_tokens=6, **settings)
+    result = compare(task, name="g", runs=tmp_path)
+    rows = promised(result, ("grpo", "rloo"), (GYM,), 2)
+    assert all(row["cost"]["trained_tokens"] == 2 * row["cost"]["sampled_tokens"] for row in rows)  # two epochs
+    starts = {line["seed"]: line["raw"]["samples"] for line in result.lines}
+    assert [s["prompt"] for s in starts[0]] != [s["prompt"] for s in starts[1]]
+    assert all(re.fullmatch(r"-?\d([+-]\d){3,4}=", s["prompt"]) for s in starts[0])
+    assert all("device" not in line["environment"] for line in result.lines)
+    said = []
+    runner = task.open()
+    runner.tell = lambda unit, share, what: said.append(what)
+    runner(Unit("grpo", 2, 1, GYM))
+    assert said[0] == "training the sums, 1 of 3"
+
+
+def test_a_model_that_is_named_gets_sums_in_words(model_folders, tmp_path):
+    pytest.importorskip("reasoning_gym", reason="needs the extra 'reinforce'")
+    settings = {"steps": 1, "prompts": 2, "held_out": 3, "checkpoints": 1, "max_new_tokens": 3}
+    task = ReinforceTask(methods=("grpo",), model=model_folders["target"], **settings)
+    [row] = compare(task, name="n", runs=tmp_path).lines
+    assert "arithmetic" in row["raw"]["samples"][0]["prompt"]
+    assert row["environment"]["device"] == "cpu"
+    assert task.config()["model"] == model_folders["target"]
+
+
 @pytest.mark.parametrize("rank", [0, 4])
 def test_the_model_comes_back_as_it_was(model_folders, problems, rank):
     from locum.bench.reinforce_runner import ReinforceRunner
@@ -422,7 +460,10 @@ def test_recipes_on_the_command_line_may_hold_commas(capsys, tmp_path):
         ({"held_out": 1}, "held_out must be >= 2, got 1"),
         ({"answers": 0}, "answers must be >= 1, got 0"),
         ({"model": " "}, "model must be a model's name"),
-        ({"model": "x", "task": "digit-chain"}, "the task digit-chain has a policy of its own: leave --model x out"),
+        (
+            {"model": "x", "task": "digit-chain"},
+            "the task digit-chain has a policy of its own: give --task gym-sums with --model x",
+        ),
         ({"data": "absent.jsonl"}, "'absent.jsonl' does not exist"),
         ({"data": "absent.jsonl", "reward": "mathh"}, "unknown reward 'mathh': did you mean 'math'"),
         ({"data": "absent.jsonl", "task": "gym-sums"}, "give --data or --task gym-sums, not both"),

@@ -21,6 +21,11 @@ __all__ = ["ReinforceTask"]
 
 MODEL = "smollm2-135m-instruct"
 TINY = "a tiny transformer"
+SUMS, EASY = (
+    "chain_sum",
+    {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1},
+)  # for a model that was named
+SHORT = 16  # tokens that it has for such a sum
 
 
 @dataclass(frozen=True)
@@ -31,8 +36,8 @@ class ReinforceTask(Task):
         methods: recipes to compare, e.g. "dapo;hapo.clip + d3s(rows=(2, 4))": a baseline or a paper, then pieces. When left out a
             dozen on digit-chain (grpo, dr_grpo, dapo, gspo, rloo, d3s, hapo, thr, twgrpo, spochain, spotree and a combination)
             and fewer elsewhere. GRPO always runs: the others are measured against it.
-        task: digit-chain, a small policy whose pass@1, entropy and KL are exact; gym-sums, a tiny transformer on sums that
-            reasoning-gym makes and checks; or both. When left out both; gym-sums with a model of your own.
+        task: digit-chain, a small policy whose pass@1, entropy and KL are exact; gym-sums, a tiny transformer that writes out sums
+            which reasoning-gym makes and checks; or both. When left out both, and gym-sums alone with a model that is named.
         model: a language model in the tiny one's place: a shipped name (smollm2-135m-instruct), a path, or a hub name.
         data: your own problems in place of the tasks: .jsonl or .parquet with prompt and what the reward reads.
         reward: of your own problems: math, exact, format, reasoning-gym:NAME, or your own as module:function or file.py:function.
@@ -40,13 +45,14 @@ class ReinforceTask(Task):
         steps: batches of rollouts, >= 1; when left out 60, 40 and 24.
         prompts: problems of a batch, >= 1; when left out 16, and 4 with a model that was named.
         group_size: completions of each problem, >= 2, for recipes whose completions are independent; 8 when left out.
-        epochs: times that a batch is gone through, >= 1; when left out 2 on digit-chain, 1 elsewhere.
+        epochs: times that a batch is gone through, >= 1; when left out 2, and 1 with a model that was named.
         lr: learning rate, > 0; when left out 1e-3, 3e-4 and 1e-4.
         lora_rank: rank of the adapters that are trained of a model that was named; 0 trains all of its weights.
         checkpoints: how often the policy is measured along its training, >= 1; when left out 12, 8 and 3.
-        held_out: problems that it is measured on, >= 2; of your own a fifth at most is held out. When left out 200, 100 and 32.
+        held_out: problems that it is measured on, >= 2; of your own a fifth at most is held out. When left out 200, 128 and 32.
         answers: to each of them, k of "best of k", >= 1; when left out 8, 4 and 1.
-        max_new_tokens: limit of a completion, >= 1; the digit chain has its own. When left out 8, and 48 with a model that was named.
+        max_new_tokens: limit of a completion, >= 1; the digit chain has its own. When left out 30 on gym-sums, 16 there with a model
+            that was named, 48 on your own problems.
         dtype: that model's type, e.g. float32 or bfloat16; the device's usual one when left out.
         device: e.g. cpu or cuda; the best there is when left out.
     """
@@ -97,8 +103,8 @@ class ReinforceTask(Task):
             raise unknown("task of reinforce", self.task, ("both", CHAIN, GYM))
         if self.data is not None and self.task is not None:
             raise UserError(f"give --data or --task {self.task}, not both: your own problems take the tasks' place")
-        if self.model is not None and self.task == CHAIN:
-            raise UserError(f"the task {CHAIN} has a policy of its own: leave --model {self.model} out")
+        if self.model is not None and self.task in (CHAIN, "both"):
+            raise UserError(f"the task {CHAIN} has a policy of its own: give --task {GYM} with --model {self.model}")
         for text in self.methods:
             recipe = recipe_of(text, self.group_size)
             if not {"entropy", "scores"} <= recipe.likelihood.provides:
@@ -107,7 +113,7 @@ class ReinforceTask(Task):
                     "and the tasks here have no other"
                 )
         if self.data is not None:
-            from locum.reinforce.rewards import from_name  # brings torch
+            from locum.reinforce.rewards import from_name
 
             from_name(self.reward)
         _ = self.rows  # read now, so that a bad file is refused now, and sent along to a worker
@@ -142,21 +148,25 @@ class ReinforceTask(Task):
         given = {k: getattr(self, k) for k in keys if getattr(self, k) is not None}
         if self.max_new_tokens is not None and group != CHAIN:
             given["new_tokens"] = self.max_new_tokens
-        return replace(BUDGETS[group if self.named is None else DATA], **given)
+        if self.named is None:
+            return replace(BUDGETS[group], **given)
+        return replace(BUDGETS[DATA], **({"new_tokens": SHORT} if group == GYM else {}) | given)
 
     @cached_property
     def rows(self) -> tuple[list[Row], list[Row]] | None:
-        """Your own problems, to train on and held out; no prompt is in both. None where there are none.
+        """What a model that was named is trained on and measured on; no prompt is in both. None where there is none.
 
         Raises:
             UserError: for a file that cannot be read, bad rows, or too few prompts.
         """
-        if self.data is None:
+        if self.named is None:
             return None
-        from locum.reinforce.problems import held_out, read_problems  # brings torch
+        from locum.reinforce.problems import held_out, read_problems, reasoning_gym_problems  # brings torch
 
-        rows = read_problems(self.data)
-        few = min(self.budget(DATA).held_out, len(rows) // 5)
+        wanted = self.budget(self.groups[-1]).held_out
+        made = self.data is None
+        rows = read_problems(reasoning_gym_problems(SUMS, 10 * wanted, **EASY) if made else self.data)
+        few = min(wanted, len(rows) // 5)
         if few < 2:
             raise UserError(f"{self.data} has {len(rows)} problems: too few to hold two of them out, give 10 or more")
         train, test = held_out(rows, few / len(rows))
@@ -198,7 +208,7 @@ class ReinforceTask(Task):
             if self.named is None
             else {"model": self.named} | {k: getattr(self, k) for k in ("lora_rank", "dtype", "device")},
             "reward": None if self.data is None else self.reward,
-            "data": None if self.rows is None else fingerprint(str(self.data), *self.rows),
+            "data": None if self.rows is None else fingerprint(self.data or SUMS, *self.rows),
         }
 
     def units(self) -> list[Unit]:
@@ -215,9 +225,10 @@ class ReinforceTask(Task):
     @property
     def plan(self) -> Plan:
         """What the runner needs to know."""
-        keys = ("group_size", "reward", "lora_rank", "dtype", "device", "rows")
+        keys = ("group_size", "lora_rank", "dtype", "device", "rows")
         budgets = {group: self.budget(group) for group in self.groups}
-        return Plan(budgets=budgets, model=self.named, **{k: getattr(self, k) for k in keys})
+        reward = self.reward if self.data is not None else f"reasoning-gym:{SUMS}"
+        return Plan(budgets=budgets, model=self.named, reward=reward, **{k: getattr(self, k) for k in keys})
 
     def open(self) -> Runner:
         from locum.bench.reinforce_runner import ReinforceRunner  # brings torch

@@ -25,7 +25,7 @@ RECIPES = {  # what is compared unless one says otherwise; the baseline first
         "spotree",
         COMBINED,
     ),
-    GYM: ("grpo", "dapo", "d3s", "hapo", COMBINED),
+    GYM: ("grpo", "dapo", "d3s", COMBINED),
     DATA: ("grpo", "rloo", "d3s"),
 }
 
@@ -59,7 +59,7 @@ class Budget:
 
 BUDGETS = {
     CHAIN: Budget(5, 60, 16, 2, 1e-3, 0, 12, 200, 8),
-    GYM: Budget(3, 40, 16, 1, 3e-4, 8, 8, 100, 4),
+    GYM: Budget(3, 40, 16, 2, 3e-4, 30, 8, 128, 4),
     DATA: Budget(1, 24, 4, 1, 1e-4, 48, 3, 32, 1),
 }
 
@@ -72,10 +72,10 @@ class Plan:
         budgets: by group, in order.
         group_size: completions of a prompt, for recipes with independent completions; the recipe's own if None.
         model: the language model; None for the tiny one of the group.
-        reward: of the user's own problems, by name.
+        reward: of that model's problems, by name.
         lora_rank: of the adapters that are trained of a model that was named; 0 for all of its weights.
         dtype, device: of that model.
-        rows: a user's own problems, to train on and held out; None for the group's.
+        rows: that model's problems, to train on and held out.
     """
 
     budgets: Mapping[str, Budget]
@@ -94,7 +94,7 @@ class Plan:
         if group == CHAIN:
             return 0.025 * budget.steps + 5e-5 * measured
         rows = budget.steps * budget.prompts * (self.group_size or 8)
-        each = 0.3 if self.model is not None else 0.002
+        each = 0.3 if self.model is not None else 0.0007
         return each * ((1 + budget.epochs) * rows + measured)
 
 

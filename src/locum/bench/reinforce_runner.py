@@ -54,6 +54,8 @@ class ReinforceRunner:
         world, recipe = self.worlds[unit.group], recipe_of(unit.method, self.plan.group_size)
         with warnings.catch_warnings(), PeakMemory(world.device) as memory:
             warnings.simplefilter("ignore", FutureWarning)  # what transformers will rename is no news to the user
+            if isinstance(world, TextWorld):
+                world.making = lambda what, done, whole: self._say(unit, 0, f"{what}, {done} of {whole}")
             with world.training(recipe, unit.seed) as training:
                 row = self._train(unit, training)
         if isinstance(world, TextWorld):  # of the chain the exact figures take more than the training

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from locum.bench.reinforce_chain import learner
-from locum.bench.reinforce_plan import GYM, Budget, Plan
+from locum.bench.reinforce_plan import Budget, Plan
 from locum.bench.store import Row
 from locum.errors import UserError
 from locum.models import LM, load
@@ -26,6 +26,7 @@ from locum.reinforce.policy import CRITIC, reference_of
 from locum.reinforce.problems import Deck, encode
 from locum.reinforce.rewards import from_name
 from locum.reinforce.run import Texts
+from locum.tasks import gym_sums
 from locum.tasks.chat import as_text
 from locum.tasks.digit_chain import (
     FILLER,
@@ -121,11 +122,14 @@ class TextWorld:
         UserError: for a model that cannot be had, or a reward that is not known.
     """
 
+    making: gym_sums.Progress | None = None  # called while the tiny model of a seed is made, which is done once
+
     def __init__(self, plan: Plan, group: str) -> None:
-        self.plan, self.group, self.budget = plan, group, plan.budgets[group]
-        self.judge = Judge(from_name(plan.reward))
+        self.plan, self.budget = plan, plan.budgets[group]
         self.lm: LM | None = None
+        self.judge = Judge(gym_sums.reward)
         if plan.model is not None:
+            self.judge = Judge(from_name(plan.reward))
             self.lm = load(plan.model, dtype=plan.dtype, device=plan.device)
             without_dropout(self.lm.model)
         self._started: dict[int, Row] = {}
@@ -136,10 +140,9 @@ class TextWorld:
 
     def source(self, seed: int) -> tuple[LM, list[Row], list[Row]]:
         """The model before training, problems to train on, and held-out ones."""
-        if self.group == GYM:
-            raise NotImplementedError
-        assert self.lm is not None
-        assert self.plan.rows is not None
+        if self.lm is None or self.plan.rows is None:
+            lm, train, held_out = gym_sums.world(seed, held_out=self.budget.held_out, progress=self.making)
+            return lm, [dict(row) for row in train], [dict(row) for row in held_out]
         return self.lm, *self.plan.rows
 
     @contextmanager
