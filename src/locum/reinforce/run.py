@@ -31,7 +31,7 @@ from locum.reinforce.rewards import from_name
 from locum.reinforce.trainer import Arguments, Trainer
 from locum.tasks.chat import as_text, template_settings
 
-__all__ = ["Reinforced", "Texts", "reinforce"]
+__all__ = ["Reinforced", "Texts", "problems_of", "reinforce"]
 
 RESULT, RECIPE, PROBLEMS = "result.json", "recipe.yaml", "reward_problems.jsonl"
 
@@ -134,8 +134,8 @@ def reinforce(
     if lora is None and dtype is None:  # steps of a full training are too small for bfloat16 weights
         dtype = "float32"
     lm = load(model, dtype=dtype, device=device) if isinstance(model, str) else model
-    problems, long = _problems(lm, rows, max_prompt_length)
-    evaluated = _problems(lm, held_out, max_prompt_length)[0] if held_out is not None else []
+    problems, long = problems_of(lm, rows, max_prompt_length)
+    evaluated = problems_of(lm, held_out, max_prompt_length)[0] if held_out is not None else []
     if not problems:
         raise UserError(f"every prompt has more than {max_prompt_length} tokens: set max_prompt_length higher")
     without_dropout(lm.model)
@@ -180,7 +180,8 @@ def reinforce(
     return done
 
 
-def _problems(lm: LM, rows: Sequence[Mapping[str, Any]], longest: int) -> tuple[list[Problem], int]:
+def problems_of(lm: LM, rows: Sequence[Mapping[str, Any]], longest: int) -> tuple[list[Problem], int]:
+    """Rows as problems for a model, and how many were left out because their prompts have more tokens than `longest`."""
     problems = [Problem(encode(lm, row["prompt"], **template_settings(row)), row) for row in rows]
     kept = [p for p in problems if len(p.ids) <= longest]
     return kept, len(problems) - len(kept)
