@@ -25,6 +25,7 @@ SUMS, EASY = (
     "chain_sum",
     {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1},
 )  # for a model that was named
+TRAINED = ("lora_rank", "max_prompt_length", "dtype", "device")  # what is said of its training
 SHORT = 16  # tokens that it has for such a sum
 
 
@@ -53,7 +54,8 @@ class ReinforceTask(Task):
         answers: to each of them, k of "best of k", >= 1; when left out 8, 4 and 1.
         max_new_tokens: limit of a completion, >= 1; the digit chain has its own. When left out 30 on gym-sums, 16 there with a model
             that was named, 48 on your own problems.
-        dtype: that model's type, e.g. float32 or bfloat16; the device's usual one when left out.
+        max_prompt_length: problems with more tokens are left out.
+        dtype: that model's type, e.g. float32 or bfloat16; when left out the device's usual one, and float32 where all weights are trained.
         device: e.g. cpu or cuda; the best there is when left out.
     """
 
@@ -86,6 +88,7 @@ class ReinforceTask(Task):
     held_out: int | None = None
     answers: int | None = None
     max_new_tokens: int | None = None
+    max_prompt_length: int = 1024
     dtype: str | None = None
     device: str | None = None
 
@@ -98,6 +101,7 @@ class ReinforceTask(Task):
             require(self, name, value is None or value >= 2, ">= 2")
         require(self, "lr", self.lr is None or 0 < self.lr < float("inf"), "finite and > 0")
         require(self, "lora_rank", self.lora_rank >= 0, ">= 0")
+        require(self, "max_prompt_length", self.max_prompt_length >= 1, ">= 1")
         require(self, "model", self.model is None or bool(self.model.strip()), "a model's name or path")
         if self.task not in (None, "both", CHAIN, GYM):
             raise unknown("task of reinforce", self.task, ("both", CHAIN, GYM))
@@ -206,7 +210,7 @@ class ReinforceTask(Task):
             "group_size": self.group_size,
             "language_model": None
             if self.named is None
-            else {"model": self.named} | {k: getattr(self, k) for k in ("lora_rank", "dtype", "device")},
+            else {"model": self.named} | {k: getattr(self, k) for k in TRAINED},
             "reward": None if self.data is None else self.reward,
             "data": None if self.rows is None else fingerprint(self.data or SUMS, *self.rows),
         }
@@ -225,7 +229,7 @@ class ReinforceTask(Task):
     @property
     def plan(self) -> Plan:
         """What the runner needs to know."""
-        keys = ("group_size", "lora_rank", "dtype", "device", "rows")
+        keys = ("group_size", *TRAINED, "rows")
         budgets = {group: self.budget(group) for group in self.groups}
         reward = self.reward if self.data is not None else f"reasoning-gym:{SUMS}"
         return Plan(budgets=budgets, model=self.named, reward=reward, **{k: getattr(self, k) for k in keys})

@@ -74,6 +74,7 @@ class Plan:
         model: the language model; None for the tiny one of the group.
         reward: of that model's problems, by name.
         lora_rank: of the adapters that are trained of a model that was named; 0 for all of its weights.
+        max_prompt_length: problems with more tokens are left out.
         dtype, device: of that model.
         rows: that model's problems, to train on and held out.
     """
@@ -83,6 +84,7 @@ class Plan:
     model: str | None
     reward: str
     lora_rank: int
+    max_prompt_length: int
     dtype: str | None
     device: str | None
     rows: tuple[list[Row], list[Row]] | None = None

@@ -85,7 +85,8 @@ class ReinforceRunner:
                 seconds[phase] += figures.get(f"seconds/{phase}", 0.0)
         first, last = points[0]["answers"], points[-1]["answers"]
         found = {
-            "curve": {name: [p[name] for p in points] for name in ("step", "sampled", "trained", *MEASURED)},
+            "curve": {name: [p[name] for p in points] for name in ("step", *spent)}
+            | {name: [_short(p[name]) for p in points] for name in MEASURED},
             "log": log,
             "sampled_tokens": spent["sampled"],
             "trained_tokens": spent["trained"],

@@ -23,9 +23,9 @@ from locum.reinforce import Recipe, Run
 from locum.reinforce.judge import Judge
 from locum.reinforce.learner import Learner, Problem, Settings
 from locum.reinforce.policy import CRITIC, reference_of
-from locum.reinforce.problems import Deck, encode
+from locum.reinforce.problems import Deck
 from locum.reinforce.rewards import from_name
-from locum.reinforce.run import Texts
+from locum.reinforce.run import Texts, problems_of
 from locum.tasks import gym_sums
 from locum.tasks.chat import as_text
 from locum.tasks.digit_chain import (
@@ -130,7 +130,8 @@ class TextWorld:
         self.judge = Judge(gym_sums.reward)
         if plan.model is not None:
             self.judge = Judge(from_name(plan.reward))
-            self.lm = load(plan.model, dtype=plan.dtype, device=plan.device)
+            # Steps of a full training are too small for bfloat16 weights.
+            self.lm = load(plan.model, dtype=plan.dtype or (None if plan.lora_rank else "float32"), device=plan.device)
             without_dropout(self.lm.model)
         self._started: dict[int, Row] = {}
 
@@ -150,9 +151,11 @@ class TextWorld:
         """A training of the model, or of a fresh adapter on it."""
         b = self.budget
         lm, train, held_out = self.source(seed)
-        asked, seen = ([Problem(encode(lm, row["prompt"]), row) for row in rows] for rows in (train, held_out))
-        seen, deck = seen[: b.held_out], Deck(asked, seed)
-        judge = Texts(lm, self.judge)
+        longest = self.plan.max_prompt_length
+        (asked, _), (seen, _) = (problems_of(lm, rows, longest) for rows in (train, held_out))
+        if not asked or len(seen) < 2:
+            raise UserError(f"nearly every prompt has more than {longest} tokens: set max_prompt_length higher")
+        seen, deck, judge = seen[: b.held_out], Deck(asked, seed), Texts(lm, self.judge)
         rows = (TINY, 2 * TINY) if self.lm is None else (FORWARD, PASS)
         with self._policy(recipe, lm, seed) as (policy, reference):
             trained = [p for p in policy.model.parameters() if p.requires_grad]
@@ -182,9 +185,11 @@ class TextWorld:
             model, start = copy.deepcopy(lm.model).requires_grad_(True), lm.model.eval().requires_grad_(False)
             yield self._made(recipe, LM(model, lm.tokenizer, lm.name), start)
             return
-        with LoRA(rank, 2.0 * rank).lent(lm.model, seed) as adapted:
-            yield self._made(recipe, LM(adapted, lm.tokenizer, lm.name), None)
-        lm.model._modules.pop(CRITIC, None)
+        try:
+            with LoRA(rank, 2.0 * rank).lent(lm.model, seed) as adapted:
+                yield self._made(recipe, LM(adapted, lm.tokenizer, lm.name), None)
+        finally:
+            lm.model._modules.pop(CRITIC, None)
 
     def _made(self, recipe: Recipe, lm: LM, start: Any) -> tuple[Any, Any]:
         policy = recipe.likelihood.policy(lm)
