@@ -385,6 +385,7 @@ def test_recipes_of_the_paper():
     assert recipe.aggregate == SequenceMean()
     assert recipe.sample.group_size == 8
     assert Recipe.read("cot2(mode='dirichlet', gamma=2.0) + clip(low=0.3)").likelihood == Dirichlet(2.0)
+    assert Recipe.read("cot2(mode='dirichlet', floor=0.02)").likelihood == Dirichlet(floor=0.02)
     assert Recipe.read("dapo + cot2").filter == Informative()
 
 

@@ -43,7 +43,9 @@ discrete chains have on average (Theorem 1 there), and K tokens a step divide a 
 items can be told apart in about d = B log(v/B) dimensions, so small models want fewer traces.
 
 Traps. The mean over steps in the place of the sum changes the learning rate by m. The released code draws K tokens from
-softmax(logits/K) and multiplies their ratios ("logits"); the paper takes the K-th root ("root").
+softmax(logits/K) and multiplies their ratios ("logits"); the paper takes the K-th root ("root"). The slope of log f in a small
+concentration c is as 1/c, so tokens just above the floor rule the gradient: with gamma 1 and floor 1e-3 a learning rate that
+suits mts makes a small model worse (`locum show cot2`). Raise floor or gamma, or learn far slower.
 
 Example:
     >>> import torch
@@ -96,12 +98,14 @@ class CoT2(Piece):
         tokens: K of mts, >= 1. Paper 2, 3 and 6.
         gamma: of dirichlet, > 0; the authors' code 1.
         normalization: of mts: "root" (the paper's) or "logits" (the authors' code).
+        floor: of dirichlet, in (0, 1): tokens of a smaller share are left out; the authors' code 1e-3.
     """
 
     mode: str = "mts"
     tokens: int = 3
     gamma: float = 1.0
     normalization: str = "root"
+    floor: float = 1e-3
 
     def __post_init__(self) -> None:
         if self.mode in ("base", "discrete"):
@@ -111,14 +115,15 @@ class CoT2(Piece):
             )
         require(self, "mode", self.mode in ("mts", "dirichlet"), '"mts" or "dirichlet"')
         MTS(self.tokens, self.normalization)
-        Dirichlet(self.gamma)
+        Dirichlet(self.gamma, self.floor)
 
     @property
     def setting(self) -> tuple[Stage, ...]:
         return (GroupNormalised(ddof=0, eps=0.0), Clip(0.1, 0.1))
 
     def stages(self) -> tuple[Stage, ...]:
-        return (MTS(self.tokens, self.normalization) if self.mode == "mts" else Dirichlet(self.gamma),)
+        dirichlet = Dirichlet(self.gamma, self.floor)
+        return (MTS(self.tokens, self.normalization) if self.mode == "mts" else dirichlet,)
 
 
 @dataclass(frozen=True)
