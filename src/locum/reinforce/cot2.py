@@ -39,7 +39,7 @@ Shapes: laws and targets [n, m, V]; thoughts [rows, m - 1, S] beside their weigh
 thoughts is one forward of prompt + m - 1 positions, and a mixture of the vocabulary a product as large as the head's.
 
 Why one chain can stand for many: if the next-token law is linear in the mixture, base chains have exactly the answer law that
-discrete chains have on average (Theorem 1 there), and K tokens a step divide a step's variance by K. A superposition of B of v
+discrete chains have on average (Assumption 1 there), and K tokens a step divide a step's variance by K. A superposition of B of v
 items can be told apart in about d = B log(v/B) dimensions, so small models want fewer traces.
 
 Traps. The mean over steps in the place of the sum changes the learning rate by m. The released code draws K tokens from
