@@ -33,7 +33,10 @@ PAIRS, STEPS, SAMPLES, BETA = (
     0.1,
 )  # of DPO and of the reward model; responses that standardise its scores
 ROUNDS, EARLY, RESPONSES, EPOCHS, LR, CRITIC_LR = 60, 30, 64, 4, 0.05, 0.1
-OTHER_LRS, COMPARED = (0.1, 0.2, 0.4), ("token", "none", "eos")  # on average of four seeds 0.8 and 1.6 were worse for each
+OTHER_LRS, COMPARED = (
+    (0.1, 0.2, 0.4),
+    ("token", "none", "eos"),
+)  # on average of four seeds 0.8 and 1.6 were worse for each
 PLACEMENTS: tuple[Placement, ...] = ("token", "none", "eos", "shaped")
 
 

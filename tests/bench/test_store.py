@@ -5,8 +5,8 @@ import json
 import pytest
 
 from locum.bench.store import Lines, Store, latest
-from locum.files import write_atomically
 from locum.errors import UserError
+from locum.files import write_atomically
 
 
 def test_lines_come_back(tmp_path):
