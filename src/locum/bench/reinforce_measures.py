@@ -35,7 +35,7 @@ LEVELS = (0.25, 0.5, 0.75, 1.0)  # of the tokens that both spent
 Curve = list[tuple[float, float, tuple[float, float] | None]]  # where, the mean, its interval
 
 
-def reward_at(made: Row, axis: str, at: Sequence[float], prompts: np.ndarray | None = None) -> np.ndarray:
+def reward_at(made: Row, axis: str, at: Sequence[float] | np.ndarray, prompts: np.ndarray | None = None) -> np.ndarray:
     """The held-out reward when so much had been spent, on the straight line between checkpoints; over some prompts if given."""
     rewards = made["curve"]["reward"]
     if prompts is not None and "by_prompt" in made:
@@ -88,14 +88,26 @@ def _phase(name: str) -> Callable[[Row], float | None]:
 
 
 def along(lines: Sequence[Row], axis: str, points: int = 24) -> Curve:
-    """The held-out reward against what was spent, as far as all seeds went: mean over seeds and its 95 % bootstrap interval."""
+    """The held-out reward against what was spent, as far as all seeds went: mean over seeds, and an interval around it.
+
+    The interval is that of the distance from the baseline of the same seed, as far as both went: 95 % bootstrap over seeds.
+    Seeds are worlds of their own, and what they differ in by themselves says nothing of a recipe.
+    """
     curves = [line["raw"]["curve"] for line in lines]
     top = min(curve[axis][-1] for curve in curves)
     same = all(curve[axis] == curves[0][axis] for curve in curves)
-    at = curves[0][axis] if same else np.linspace(0.0, top, points).tolist()
-    table = np.stack([reward_at(line["raw"], axis, at) for line in lines])
-    limits = [mean_interval(column, draws=1000) if len(lines) > 1 else None for column in table.T]
-    return list(zip(at, table.mean(0).tolist(), limits, strict=True))
+    at = np.asarray(curves[0][axis] if same else np.linspace(0.0, top, points))
+    mine = np.stack([reward_at(line["raw"], axis, at) for line in lines])
+    limits: list[tuple[float, float] | None] = [None] * len(at)
+    besides = [line["refs"].get(BASELINE) for line in lines]
+    if len(lines) > 1 and None not in besides and lines[0]["method"] != BASELINE:
+        gaps = mine - np.stack([reward_at(made, axis, at) for made in besides])
+        both = min(made["curve"][axis][-1] for made in besides)
+        for i in np.flatnonzero(at <= both):
+            low, high = mean_interval(gaps[:, i], draws=1000)
+            middle = mine[:, i].mean() - gaps[:, i].mean()
+            limits[i] = float(middle + low), float(middle + high)
+    return list(zip(at.tolist(), mine.mean(0).tolist(), limits, strict=True))
 
 
 _EQUAL = (

@@ -100,11 +100,10 @@ def _title(axis: str) -> str:
 
 
 def _overview(members: Members, colour: Mapping[str, int]) -> str:
-    """All recipes against each kind of spending; intervals where they are few."""
-    few = len(members) <= 4
+    """All recipes against each kind of spending."""
     drawn = []
     for axis in AXES:
-        lines = [_line(m, lines, axis, colour[m], few) for m, lines in members.items()]
+        lines = [_line(m, lines, axis, colour[m], limits=False) for m, lines in members.items()]
         drawn.append(f"<div>{curves(lines, _title(axis), 'held-out reward')}</div>")
     return "".join(drawn)
 
@@ -116,8 +115,8 @@ def _beside(members: Members, colour: Mapping[str, int]) -> str:
         if method == BASELINE or BASELINE not in members:
             continue
         pair = [
-            _line(BASELINE, members[BASELINE], "sampled", 0, True),
-            _line(method, lines, "sampled", colour[method], True),
+            _line(BASELINE, members[BASELINE], "sampled", 0, limits=True),
+            _line(method, lines, "sampled", colour[method], limits=True),
         ]
         chart = curves(pair, _title("sampled"), "held-out reward", small=True)
         name = f'<span class="key c{colour[method]}"><i></i>{text(method)}</span>'
