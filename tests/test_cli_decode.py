@@ -157,7 +157,7 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(capsys, model_folders, files,
         (["compare", "decode", "--engine", "rai"], "'rai'"),
         (["verify"], "say which claims"),
         (["verify", "spectre"], "unknown paper 'spectre': did you mean 'spectr'?"),
-        (["verify", "d3s"], "d3s has no claim that runs yet"),
+        (["verify", "sso"], "sso has no claim that runs yet"),
     ],
 )
 def test_mistakes_of_compare_and_verify(capsys, files, args, said):
