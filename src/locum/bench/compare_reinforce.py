@@ -23,7 +23,7 @@ MODEL = "smollm2-135m-instruct"
 TINY = "a tiny transformer"
 SUMS, EASY = (
     "chain_sum",
-    {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1},
+    {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1},
 )  # for a model that was named
 TRAINED = ("lora_rank", "max_prompt_length", "dtype", "device")  # what is said of its training
 SHORT = 16  # tokens that it has for such a sum
