@@ -30,17 +30,19 @@ from locum.reinforce import Flat, GroupNormalised, Recipe
 from locum.reinforce.judge import Judge
 from locum.reinforce.learner import Settings
 from locum.reinforce.policy import TextPolicy
-from locum.reinforce.run import Texts, _problems
+from locum.reinforce.run import Texts, problems_of
 from locum.reinforce.trainer import Arguments, Trainer
 
 
 def tiny() -> LM:
-    """Two layers of width 64 over bytes."""
+    """Two layers of width 64 over bytes; its end of sequence is a token that it cannot say."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)} | {"<end>": 256}, merges=[]))
+    words = Tokenizer(
+        models.BPE(vocab={letter: i for i, letter in enumerate(letters)} | {"<pad>": 256, "<end>": 257}, merges=[])
+    )
     words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     words.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", pad_token="<end>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", pad_token="<pad>")
     config = LlamaConfig(
         vocab_size=257,
         hidden_size=64,
@@ -48,7 +50,7 @@ def tiny() -> LM:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        eos_token_id=256,
+        eos_token_id=257,
         pad_token_id=256,
         bos_token_id=None,
     )
@@ -114,7 +116,7 @@ def main() -> None:
         ours = Trainer(
             Recipe("grpo", (Flat(args.group), GroupNormalised(eps=1e-4))),
             TextPolicy(lm),
-            _problems(lm, rows, 512)[0],
+            problems_of(lm, rows, 512)[0],
             Texts(lm, Judge(lambda prompts, completions, **_: reward(completions))),
             f"{folder}/locum",
             Arguments(
@@ -124,8 +126,9 @@ def main() -> None:
                 settings=Settings(epochs=args.epochs, rows_per_forward=size, rows_per_pass=size),
             ),
         )
-        endless(theirs)
-        endless(lm.model)
+        if args.model != "tiny":
+            endless(theirs)
+            endless(lm.model)
         batches = iter(other.get_train_dataloader())
         optimizer = other.create_optimizer()
         other.model.train()

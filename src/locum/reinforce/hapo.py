@@ -290,7 +290,7 @@ class _Signalled(Adapt):
         return "is in this recipe twice: leave one of them out" if twice else ""
 
     def signals(self, rollouts: Rollouts) -> dict[str, PerToken]:
-        if not self.on:
+        if not self.on or self.column in rollouts.columns:  # another stage that reads the same one was here
             return {}
         return {self.column: signal(rollouts.columns["entropy"], rollouts.mask, self.rho, self.reference_sign)}
 
