@@ -10,7 +10,7 @@ from torch import Tensor
 
 from locum.errors import UserError
 from locum.reinforce import D3S, KL, Autoregressive, Flat, Informative, Recipe, Run, SPOChain, SPOTree
-from locum.reinforce.learner import Learner, Problem, Settings
+from locum.reinforce.learner import Alone, Learner, Problem, Settings
 from locum.tasks.digit_chain import DigitChain, pretrained
 from locum.tokens.rollouts import Rollouts
 from locum.tokens.sampling import Sampling
@@ -425,3 +425,24 @@ def test_a_batch_of_wild_ratios_changes_nothing_however_it_is_split(rows, patien
     moved = any(not torch.equal(p, q) for p, q in zip(policy.parameters(), before, strict=True))
     assert moved == (patience > 2.8)
     assert bool(found["passed_over"]) != moved
+
+
+def test_where_one_process_fails_the_others_stop_too():
+    class Two(Alone):
+        world = 2
+
+        def total(self, x: Tensor) -> Tensor:
+            return x + 1  # the other one has failed
+
+    task = DigitChain(length=3, warm_steps=1)
+    policy = pretrained(0, task)
+    learner = Learner(
+        Recipe.read("grpo"),
+        policy,
+        torch.optim.SGD(policy.parameters(), 1.0),
+        lambda problems, completions: torch.zeros(len(problems)),
+        Run(room=6),
+        processes=Two(),
+    )
+    with pytest.raises(UserError, match="1 of 2 processes stopped in step 0"):
+        learner.step([Problem(p) for p in task.prompts(4, torch.Generator().manual_seed(0)).tolist()])

@@ -158,7 +158,7 @@ class Learner:
         sums: dict[str, float] = {}
         filtered = self.recipe.filter
         for batch in range(filtered.max_batches if filtered is not None else 1):
-            mine, figures, groups = self._batch(list(problems(batch)), batch)
+            mine, figures, groups = self._together(list(problems(batch)), batch)
             wanted = wanted or groups
             sampled += groups
             sums = {name: sums.get(name, 0.0) + figures.get(name, 0.0) for name in {*sums, *figures}}
@@ -180,6 +180,22 @@ class Learner:
         figures["level_groups"] = figures.pop("level_rows") / max(1.0, rows)
         figures["ended"] = figures.pop("ended_rows") / max(1.0, rows)
         return (_first(rollouts, wanted) if rollouts is not None else None), figures
+
+    def _together(self, problems: list[Problem], batch: int) -> tuple[Rollouts | None, dict[str, float], int]:
+        """A batch of prompts in all processes. Where one of them fails all stop, so that none waits for it."""
+        failure: UserError | None = None
+        try:
+            found = self._batch(problems, batch)
+        except UserError as error:
+            failure = error
+        failed = int(self.processes.total(torch.tensor(int(failure is not None))))
+        if failure is not None:
+            raise failure
+        if failed:
+            raise UserError(
+                f"{failed} of {self.processes.world} processes stopped in step {self.run.step}; they say why"
+            )
+        return found
 
     def _batch(self, problems: list[Problem], batch: int) -> tuple[Rollouts | None, dict[str, float], int]:
         """This process's part of one batch of prompts."""
