@@ -94,7 +94,7 @@ class Reinforce(Command):
     minibatches: int = 1
     rows_per_forward: int = 16
     max_grad_norm: float = 1.0
-    precision: Literal["no", "bf16", "fp16"] = "no"
+    precision: Literal["no", "bf16"] = "no"
     limit_s: float = 60.0
     on_error: Literal["stop", "skip"] = "stop"
     vllm: bool = False

@@ -139,15 +139,7 @@ def reinforce(
     if not problems:
         raise UserError(f"every prompt has more than {max_prompt_length} tokens: set max_prompt_length higher")
     without_dropout(lm.model)
-    frozen: Any = None
-    if "ref_logp" in recipe.needs:
-        frozen = load(reference, dtype=dtype, device=device) if isinstance(reference, str) else reference
-        if frozen is not None:
-            require_same_vocabulary(lm, frozen, "reference")
-        elif lora is None:
-            frozen = LM(copy.deepcopy(lm.model), lm.tokenizer, "reference")
-    elif reference is not None:
-        raise UserError(f"the recipe {recipe} has no use for a reference: add kl to it, or leave the reference out")
+    frozen = _frozen(recipe, lm, reference, lora, {"dtype": dtype, "device": device})
     name = lm.name
     if lora is not None:
         lm = LM(lora.on(lm.model, args.seed), lm.tokenizer, lm.name)
@@ -178,6 +170,19 @@ def reinforce(
         write_atomically(out / RESULT, json.dumps({**asdict(done), "folder": str(out)}, indent=1) + "\n")
     trainer.accelerator.wait_for_everyone()
     return done
+
+
+def _frozen(recipe: Recipe, lm: LM, given: str | LM | None, lora: LoRA | None, how: dict[str, Any]) -> LM | None:
+    """The reference as a model of its own; None for a recipe without, and where it is the model less its adapters."""
+    if "ref_logp" not in recipe.needs:
+        if given is not None:
+            raise UserError(f"the recipe {recipe} has no use for a reference: add kl to it, or leave the reference out")
+        return None
+    if given is None:
+        return None if lora is not None else LM(copy.deepcopy(lm.model), lm.tokenizer, "reference")
+    frozen = load(given, **how) if isinstance(given, str) else given
+    require_same_vocabulary(lm, frozen, "reference")
+    return frozen
 
 
 def problems_of(lm: LM, rows: Sequence[Mapping[str, Any]], longest: int) -> tuple[list[Problem], int]:

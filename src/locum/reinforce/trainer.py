@@ -59,7 +59,7 @@ class Arguments:
         keep: checkpoints that are kept.
         eval_every: steps between evaluations on held-out problems; 0 for one at the end only.
         eval_rows: held-out problems of an evaluation.
-        precision: "no", "bf16" or "fp16": what forwards run in.
+        precision: "no" or "bf16": what forwards run in.
         report_to: a tracker that accelerate knows, e.g. "tensorboard" or "wandb"; "none".
     """
 
@@ -88,7 +88,7 @@ class Arguments:
         require(self, "learning_rate", 0 < self.learning_rate < float("inf"), "finite and > 0")
         require(self, "weight_decay", 0 <= self.weight_decay < float("inf"), "finite and >= 0")
         require(self, "schedule", self.schedule in ("constant", "linear", "cosine"), "constant, linear or cosine")
-        require(self, "precision", self.precision in ("no", "bf16", "fp16"), "no, bf16 or fp16")
+        require(self, "precision", self.precision in ("no", "bf16"), "no or bf16")
 
 
 class _Processes:
@@ -260,7 +260,8 @@ class Trainer:
             owner = [x for x in mine for _ in range(samples)]
             reward = self.reward(owner, made.lists())
             known = ~reward.isnan()
-            found = torch.stack([reward[known].sum(), known.sum(), made.mask.sum()]).double().cpu()
+            told = [float(x) for x in (reward[known].sum(), known.sum(), made.mask.sum())]  # of different devices
+            found = torch.tensor(told, dtype=torch.float64)
         total, count, tokens = p.total(found).tolist()
         return {"eval/reward": total / max(count, 1), "eval/length": tokens / max(len(problems) * samples, 1)}
 
