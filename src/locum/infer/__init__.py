@@ -1,0 +1,21 @@
+"""Estimates with guarantees: regressions on labels that a model made, and variational inference by unbiased gradients.
+
+Everything is imported when it is first used: `DSL` needs the extra ``infer``, `locum.infer.vi` the extra ``vi``.
+"""
+
+import importlib
+from typing import Any
+
+from locum.infer.base import Check, Cost, Estimator, Moment, Result
+
+__all__ = ["Check", "Cost", "Estimator", "Moment", "Result"]
+
+_LAZY: dict[str, str] = {}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "vi":
+        return importlib.import_module("locum.infer.vi")
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
