@@ -1,0 +1,197 @@
+"""Probabilistic Programming with Programmable Variational Inference
+
+Expensive: Exact expectations inside a variational objective, and a gradient derived by hand for each.
+Stands in: A program transformation that gives one unbiased gradient for any mix of strategies.
+Check: The mean estimate is the exact gradient for every mix, and a step costs little more than one coded by hand.
+
+An objective is an *expectation program*: a function f(sample, params, *args) whose value is random and whose expectation is
+what is to be maximised. Each site of it carries a gradient strategy (`locum.infer.strategies`). One run of f gives a
+surrogate scalar S: its value is an unbiased estimate of E f, its gradient in params an unbiased estimate of grad E f.
+Ordinary automatic differentiation does the rest, so jit, vmap and grad apply as to any function.
+
+With k(v) the run in which a site takes the value v, sg the stop-gradient, and each rule unbiased given the earlier draws, the
+whole is unbiased by the law of iterated expectations:
+
+    Reparam     S = k(g(noise; theta))                        one run, the program continuous in the draw
+    Reinforce   S = l + sg(l - b) (log p - sg log p)          one run, l = k(v)
+    Enum        S = sum_v p(v) k(v)                           one run for each value
+    MVD         S = l + D (theta - sg theta)                  one more run for each lane of a flip or a Poisson; two and one for
+                                                              each lane of a normal's mean and scale
+
+How a rule gets at k. A site of the last two kinds stops the program (an exception that only the engine sees), and k(v) is the
+program run again from its start with this site's value put in. Site number i draws with fold_in(key, i), so a second run
+makes the same earlier choices; under jit the compiler merges what the runs share. A Reinforce site needs no second run,
+since its multiplier is the final value of whatever run it is part of: the sum over runs of an Enum or MVD site further on is
+linear in them. The side of an MVD that is not the draw is run for its value alone, later sites drawn plainly.
+
+Generative functions (`locum.infer.programs`), random densities for marginals and normalised posteriors
+(`locum.infer.densities`) and objectives (`locum.infer.objectives`) are made of such programs; `ProgVI` fits with them.
+
+Traps. Everything is *maximised*. A Reparam site that feeds a branch, a comparison or a discrete density is biased, and no type
+or shape shows it: `audit` compares the gradient with finite differences of the value. No site may lie inside lax.scan, cond,
+while_loop or an inner vmap: there one key would serve many draws. Flips keep 1e-7 from 0 and 1 in their logarithm only.
+
+Example:
+    >>> import jax, jax.numpy as jnp
+    >>> from locum.infer import vi
+    >>> def cost(sample, theta):
+    ...     b = sample("b", vi.flip_enum(theta))
+    ...     return jnp.where(b, 0.0, -theta / 2)
+    >>> value, gradient = vi.expectation(cost).value_and_grad(jax.random.key(0), 0.3)
+    >>> print(f"{value:.3f} {gradient:.3f}")
+    -0.105 -0.200
+
+Authors: Becker, Lew, Wang, Ghavami, Huot, Rinard, Mansinghka
+Year: 2024
+Venue: PLDI 2024
+arXiv: 2406.15742
+"""
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax, random
+
+from locum.errors import UserError
+from locum.infer.distribution_base import Key
+from locum.infer.programs import Sampler
+from locum.infer.strategies import Reinforce, Replayed, Site, Strategy
+
+__all__ = ["Expectation", "expectation"]
+
+_MANY = 100  # replayed sites on one path from which tracing, quadratic in them, is worth a warning
+
+
+class _Stop(BaseException):
+    """A site that runs the rest of the program itself has been reached."""
+
+    def __init__(self, site: Site, index: int, key: Key) -> None:
+        self.site, self.index, self.key = site, index, key
+
+
+@dataclass(frozen=True)
+class _Rules:
+    """What all runs of one evaluation share."""
+
+    strategy: Strategy | None  # takes the place of every site's own
+    anchor: Any
+
+
+class _Replay(Sampler):
+    """One run of an expectation program: sites with a forced value take it, others are drawn as their strategy says."""
+
+    def __init__(self, key: Key, forced: Mapping[int, Any], plain: bool, rules: _Rules, inner: bool = False) -> None:
+        super().__init__(key)
+        self.forced, self.plain, self.rules, self.inner = forced, plain, rules, inner
+        self.anchor = rules.anchor
+        self.scores: list[tuple[jax.Array, Any]] = []  # log p - sg log p of Reinforce sites, and their baselines
+
+    def _draw(self, site: Site, index: int, key: Key) -> Any:
+        if index in self.forced:
+            return self.forced[index]
+        strategy = self.rules.strategy or site.strategy
+        if isinstance(strategy, Replayed) and (self.inner or not self.plain):
+            raise _Stop(site, index, key)
+        value = site.distribution.sample(key)
+        if isinstance(strategy, Reinforce) and not self.plain:
+            value = lax.stop_gradient(value)
+            log = site.distribution.log_prob(value)
+            self.scores.append((log - lax.stop_gradient(log), 0.0 if strategy.baseline is None else strategy.baseline))
+        return value
+
+    def iid(self, program: Callable[[Sampler], Any], n: int) -> Any:
+        """Side by side where every site answers at once; otherwise one after the other, as sites of this very run.
+
+        Either way a Reinforce site's multiplier is the final value of the whole program.
+        """
+        if n == 1:
+            return super().iid(program, n)
+        start, key = self._next("iid")
+
+        def one(key: Key) -> tuple[Any, list[tuple[jax.Array, Any]]]:
+            sampler = _Replay(key, {}, self.plain, self.rules, inner=True)
+            return program(sampler), sampler.scores
+
+        try:
+            values, scores = jax.vmap(one)(random.split(key, n))
+        except _Stop:
+            self.count = start
+            runs = [program(self) for _ in range(n)]
+            return jax.tree.map(lambda *each: jnp.stack([jnp.asarray(x) for x in each]), *runs)
+        self.scores += scores
+        return values
+
+
+@dataclass(frozen=True, eq=False)
+class Expectation:
+    """The expectation of a program's value, as estimates of it and of its gradient in the parameters.
+
+    Args:
+        program: ``f(sample, params, *args)``, a real number.
+        strategy: takes the place of every site's own, e.g. ``Reinforce()`` to compare with.
+        anchor: where `sample.constant` holds the parameters, instead of at those that are passed.
+    """
+
+    program: Callable[..., Any]
+    strategy: Strategy | None = None
+    anchor: Any = None
+
+    def value(self, key: Key, params: Any, *args: Any) -> jax.Array:
+        """A single draw of the program's value; strategies play no part."""
+        return self._run(key, {}, True, params, args)
+
+    def surrogate(self, key: Key, params: Any, *args: Any) -> jax.Array:
+        """A scalar whose value estimates the expectation and whose gradient in `params` estimates its gradient."""
+        return self._run(key, {}, False, params, args)
+
+    def value_and_grad(self, key: Key, params: Any, *args: Any) -> tuple[jax.Array, Any]:
+        """Both estimates from a single draw."""
+        return jax.value_and_grad(lambda params: self.surrogate(key, params, *args))(params)
+
+    def estimate(self, key: Key, params: Any, *args: Any, samples: int = 64) -> tuple[jax.Array, Any]:
+        """Both estimates as means over independent draws, side by side."""
+
+        def mean(params: Any) -> jax.Array:
+            return jnp.mean(jax.vmap(lambda key: self.surrogate(key, params, *args))(random.split(key, samples)))
+
+        return jax.value_and_grad(mean)(params)
+
+    def _run(self, key: Key, forced: Mapping[int, Any], plain: bool, params: Any, args: tuple[Any, ...]) -> jax.Array:
+        sampler = _Replay(key, forced, plain, _Rules(self.strategy, self.anchor))
+        try:
+            value = _scalar(self.program(sampler, params, *args))
+        except _Stop as stop:
+            site, index, own_key = stop.site, stop.index, stop.key
+        else:
+            total = value
+            for score, baseline in sampler.scores:
+                total = total + jnp.sum(lax.stop_gradient(value - baseline) * score)
+            return total
+        if len(forced) == _MANY:
+            warnings.warn(f"more than {_MANY} sites are run again from the start: use vector sites", stacklevel=2)
+
+        def rest(value: Any) -> jax.Array:
+            return self._run(key, {**forced, index: value}, plain, params, args)
+
+        def others(value: Any) -> jax.Array:
+            return lax.stop_gradient(self._run(key, {**forced, index: value}, True, params, args))
+
+        strategy = self.strategy or site.strategy
+        assert isinstance(strategy, Replayed)
+        return strategy.surrogate(site.distribution, own_key, rest, others)
+
+
+def expectation(program: Callable[..., Any]) -> Expectation:
+    """The expectation of ``program(sample, params, *args)``, with its gradient. Works as a decorator."""
+    return Expectation(program)
+
+
+def _scalar(value: Any) -> jax.Array:
+    value = jnp.asarray(value)
+    if value.shape or jnp.iscomplexobj(value):
+        raise UserError(f"an expectation program must return one real number, got shape {value.shape} of {value.dtype}")
+    return value if jnp.issubdtype(value.dtype, jnp.floating) else value.astype(float)
