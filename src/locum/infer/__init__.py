@@ -10,7 +10,20 @@ from locum.infer.base import Check, Cost, Estimator, Moment, Result
 
 __all__ = ["Check", "Cost", "Estimator", "Moment", "Result"]
 
-_LAZY: dict[str, str] = {}
+_LAZY = {
+    "DSL": "dsl",
+    "DSLResult": "dsl_result",
+    "by_unit": "labels",
+    "draw_labels": "labels",
+    "Linear": "moments",
+    "Logistic": "moments",
+    "Multinomial": "moments",
+    "Poisson": "moments",
+    "Forest": "learners",
+    "Generalized": "learners",
+    "Identity": "learners",
+    "Sklearn": "learners",
+}
 
 
 def __getattr__(name: str) -> Any:

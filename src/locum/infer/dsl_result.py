@@ -1,0 +1,330 @@
+"""What design-based supervised learning found, as people who know statsmodels expect it."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from scipy import stats
+
+from locum.errors import MissingExtra, UserError, unknown
+from locum.files import write_atomically
+from locum.infer.base import Check, Cost, Result
+from locum.infer.dsl import DSL, Estimates, Fit
+from locum.infer.moments import Regression
+from locum.infer.problem import Problem
+from locum.infer.tables import complete, pd, read_table
+
+if TYPE_CHECKING:
+    from statsmodels.iolib.summary import Summary
+
+__all__ = ["DSLResult"]
+
+Array = np.ndarray
+SUSPICIOUS = 0.001  # p-value of the design below which the probabilities are not believed
+
+
+class DSLResult(Result):
+    """Coefficients that are valid whatever the surrogates' errors, with what simpler ways say beside them.
+
+    `params`, `bse`, `tvalues`, `pvalues`, `conf_int()`, `cov_params()`, `predict()`, `summary()` are as in statsmodels; p-values
+    are two-sided and from the normal distribution. `compare()` puts naive and gold-only estimates beside, `power()` and
+    `labels_needed()` tell what more gold labels would bring, `check()` whether the sample looks as its probabilities say.
+    """
+
+    def __init__(self, method: DSL, problem: Problem, title: str, fit: Fit, seconds: float) -> None:
+        self.method, self.problem, self.title, self.fit = method, problem, title, fit
+        counts = {"gold labels": len(problem.at), "rows": problem.size, "fitted predictors": fit.fits}
+        self.cost = Cost(seconds, counts)
+
+    @property
+    def estimate(self) -> "pd.Series":
+        """The coefficients."""
+        return self.params
+
+    @property
+    def params(self) -> "pd.Series":
+        return pd.Series(self.fit.dsl.theta, self._names, name="coef")
+
+    @property
+    def bse(self) -> "pd.Series":
+        """Standard errors."""
+        return pd.Series(self.fit.dsl.se, self._names, name="std err")
+
+    @property
+    def tvalues(self) -> "pd.Series":
+        return (self.params / self.bse).rename("z")
+
+    @property
+    def pvalues(self) -> "pd.Series":
+        return pd.Series(2 * stats.norm.sf(np.abs(self.tvalues)), self._names, name="P>|z|")
+
+    @property
+    def nobs(self) -> int:
+        return self.problem.size
+
+    @property
+    def ngold(self) -> int:
+        return len(self.problem.at)
+
+    @property
+    def _names(self) -> list[str]:
+        return list(self.problem.names)
+
+    def conf_int(self, alpha: float | None = None) -> "pd.DataFrame":
+        """Intervals that cover with probability 1 - alpha, the method's own when left out."""
+        low, high = self._limits(self.fit.dsl, alpha)
+        return pd.DataFrame({"lower": low, "upper": high}, self._names)
+
+    def cov_params(self) -> "pd.DataFrame":
+        return pd.DataFrame(self.fit.dsl.V, self._names, self._names)
+
+    def _limits(self, found: Estimates, alpha: float | None = None) -> tuple[Array, Array]:
+        alpha = self.method.alpha if alpha is None else alpha
+        if not 0 < alpha < 1:
+            raise UserError(f"alpha must be in (0, 1), got {alpha}")
+        reach = stats.norm.isf(alpha / 2) * found.se
+        return found.theta - reach, found.theta + reach
+
+    def baselines(self) -> Mapping[str, Estimates]:
+        """What simpler ways say of the same data: surrogates taken for labels, gold rows alone, and so on."""
+        return self.fit.baselines
+
+    def compare(self) -> "pd.DataFrame":
+        """Coefficients and standard errors of the method and of simpler ways, side by side."""
+        everyone = {"dsl": self.fit.dsl, **self.fit.baselines}
+        head = [(name, what) for name in everyone for what in ("coef", "std err")]
+        body = np.column_stack([column for e in everyone.values() for column in (e.theta, e.se)])
+        return pd.DataFrame(body, self._names, pd.MultiIndex.from_tuples(head))
+
+    def predict(self, data: Any = None, alpha: float | None = None) -> "pd.Series | pd.DataFrame":
+        """Means at rows of a table, or of the data themselves when left out. Rows that lack a value are left out.
+
+        Args:
+            data: a table with the formula's columns, gold ones for predicted explanatory variables.
+            alpha: also give intervals that cover the mean with probability 1 - alpha (not of a multinomial regression).
+        """
+        moment, theta = self.method.estimand, self.fit.dsl.theta
+        if not isinstance(moment, Regression) or self.problem.matrix is None:
+            raise UserError("only a regression that was given as a formula can predict")
+        if self.problem.effects:
+            raise UserError("with fixed effects means cannot be predicted: the effects are taken out, not estimated")
+        if data is None and not self.problem.outcome_only:
+            raise UserError("explanatory variables are predicted here: give a table that has them")
+        if data is None:
+            X, index = self.problem.rows(self.problem.zeros, slice(None))["X"], None
+        else:
+            table = read_table(data)
+            if absent := [c for c in self.problem.explanatory if c not in table]:
+                raise unknown("column", absent[0], map(str, table.columns))
+            table, _ = complete(table, self.problem.explanatory)
+            X, index = self.problem.matrix(table), table.index
+        mean = moment.predict(theta, X)
+        if mean.ndim == 2:
+            return pd.DataFrame(mean, index, list(self.problem.levels))
+        if alpha is None:
+            return pd.Series(mean, index, name="mean")
+        if not 0 < alpha < 1:
+            raise UserError(f"alpha must be in (0, 1), got {alpha}")
+        G = moment.gradient(theta, X)
+        reach = stats.norm.isf(alpha / 2) * np.sqrt(np.einsum("ij,jk,ik->i", G, self.fit.dsl.V, G))
+        return pd.DataFrame({"mean": mean, "lower": mean - reach, "upper": mean + reach}, index)
+
+    def power(self, labels: Sequence[int] | None = None) -> "pd.DataFrame":
+        """Standard errors to be expected with other numbers of gold labels, drawn in the same proportions.
+
+        Args:
+            labels: how many in all; from half to eight times the present number when left out, at most one for each row.
+        """
+        n, N = self.ngold, self.nobs
+        if labels is None:
+            labels = sorted({min(round(n * k), N) for k in (0.5, 1, 1.5, 2, 3, 4, 8)})
+        for count in labels:
+            if not 0 < count <= N:
+                raise UserError(f"the number of gold labels must be from 1 to {N}, the number of rows, got {count}")
+        table = pd.DataFrame([self._se(count / n) for count in labels], columns=self._names)
+        return table.set_axis(pd.Index(labels, name="gold labels"))
+
+    def labels_needed(
+        self, coefficient: str, se: float | None = None, effect: float | None = None, power: float = 0.8
+    ) -> int | None:
+        """How many gold labels in all bring a coefficient's standard error down to `se`, or find an `effect` of this size.
+
+        Args:
+            coefficient: its name.
+            se: the standard error that is wanted.
+            effect: the true size that is to be told from 0 at level alpha, in place of `se`.
+            power: with what probability.
+
+        Returns:
+            The number; None where labels for every row would not do.
+        """
+        if coefficient not in self.problem.names:
+            raise unknown("coefficient", coefficient, self.problem.names)
+        if (se is None) == (effect is None):
+            raise UserError("say which standard error is wanted, or which effect is to be found: one of the two")
+        if not 0 < power < 1:
+            raise UserError(f"power must be in (0, 1), got {power}")
+        if effect is not None:
+            se = abs(effect) / (stats.norm.isf(self.method.alpha / 2) + stats.norm.ppf(power))
+        assert se is not None
+        if not se > 0:
+            raise UserError(f"the standard error must be > 0, got {se}")
+        at = self._names.index(coefficient)
+        low, high = 0, self.nobs
+        if self._se(high / self.ngold)[at] > se:
+            return None
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self._se(middle / self.ngold)[at] <= se else (middle, high)
+        return high
+
+    def _se(self, rho: float) -> Array:
+        """Standard errors with rho times the gold labels: Omega(rho) = Omega_1 / rho + (Omega - Omega_1), median over splits.
+
+        As the difference is an estimate, it may fall below 0 for many labels; an error never falls faster than by sqrt(rho).
+        """
+        fit, N = self.fit, self.nobs
+        inverse = np.linalg.inv(fit.J)
+        now = np.einsum("sij,sjk,sik->si", inverse, fit.Omega, inverse)
+        moving = np.einsum("sij,sjk,sik->si", inverse, fit.Omega_1, inverse)
+        variances = np.maximum(now + moving * (1 / rho - 1), now / max(rho, 1.0))
+        scale = self.fit.dsl.se / np.sqrt(np.median(now, axis=0) / N)  # what drawing folds anew adds
+        return scale * np.sqrt(np.median(variances, axis=0) / N)
+
+    def check(self) -> Check:
+        """Whether the gold rows look drawn with the probabilities given, and how well predictions stand in for gold labels.
+
+        Weighted by R / pi, the gold rows must have the means of all rows in surrogates and features: a chi-square test of the
+        differences, against their variance under independent draws. Labels that were taken where it was easy fail it, as a rule.
+        """
+        problem = self.problem
+        F = np.column_stack([v.features for v in problem.predicted.values()])
+        F = F[:, np.sort(np.unique(F.round(12), axis=1, return_index=True)[1])]
+        F = F - F.mean(0)
+        F = F[:, F.std(0) > 0]
+        excess = -np.ones(problem.size)
+        excess[problem.at] += 1 / problem.prob[problem.at]
+        difference = excess @ F / problem.size
+        variance = (F * (1 / problem.prob - 1)[:, None]).T @ F / problem.size**2
+        rank = int(np.linalg.matrix_rank(variance, hermitian=True)) if F.shape[1] else 0
+        chi2 = float(difference @ np.linalg.pinv(variance, hermitian=True) @ difference) if rank else 0.0
+        p = float(stats.chi2.sf(chi2, rank)) if rank else 1.0
+        figures: dict[str, Any] = {"design_chi2": chi2, "design_df": rank, "design_p": p} | self._stand_in_figures()
+        said = (
+            f"the {self.ngold} gold rows look as their probabilities say (chi-square {chi2:.1f} on {rank}, p = {p:.2g})"
+            if p >= SUSPICIOUS
+            else f"the {self.ngold} gold rows do not look drawn with these probabilities (chi-square {chi2:.1f} on {rank}, "
+            f"p = {p:.1g}): the intervals cannot be relied on"
+        )
+        worth = figures["labels_worth"]
+        more = f"; one gold label does the work of {worth:.2f} used alone" if worth is not None else ""
+        return Check(p >= SUSPICIOUS, said + more, figures)
+
+    def _stand_in_figures(self) -> dict[str, Any]:
+        """How much of gold labels' variation predictions and surrogates explain, and what a gold label gains by it."""
+        out: dict[str, Any] = {}
+        w = 1 / self.problem.prob[self.problem.at]
+        for name, variable in self.problem.predicted.items():
+            y = variable.labels
+            centre = np.average(y, axis=0, weights=w)
+            total = float(w @ ((y - centre) ** 2).reshape(len(y), -1).sum(1))
+            rest = float(w @ ((y - self.fit.predictions[name]) ** 2).reshape(len(y), -1).sum(1))
+            out[f"explained {name}"] = 1 - rest / total if total > 0 else None
+            if variable.stand_in is not None and variable.kind != "number":
+                q = variable.stand_in[self.problem.at]
+                right = q.argmax(1) == y.argmax(1) if y.ndim == 2 else (q > 0.5) == (y > 0.5)
+                out[f"accuracy {name}"] = float(np.average(right, weights=w))
+        gold = self.fit.baselines["gold only"]
+        out["labels_worth"] = None if gold.failed else float(np.median((gold.se / self.fit.dsl.se) ** 2))
+        return out
+
+    def summary(self, alpha: float | None = None) -> "Summary":
+        """The table that a regression's readers know, as text, LaTeX, HTML or CSV; simpler ways' estimates stand below it.
+
+        Raises:
+            MissingExtra: without statsmodels, whose tables these are.
+        """
+        try:
+            from statsmodels.iolib.summary import Summary
+            from statsmodels.iolib.table import SimpleTable
+            from statsmodels.iolib.tableformatting import fmt_params
+        except ImportError:
+            raise MissingExtra("DSLResult.summary", "infer") from None
+        alpha = self.method.alpha if alpha is None else alpha
+        problem, check = self.problem, self.check()
+        errors = "clustered" if problem.clusters is not None else "robust (HC0)"
+        left = {
+            "Dep. Variable:": problem.outcome,
+            "Model:": type(self.method.estimand).__name__,
+            "Method:": "DSL",
+            "Predicted:": ", ".join(problem.predicted),
+            "Covariance Type:": errors,
+        }
+        right = {
+            "No. Observations:": f"{self.nobs:,}",
+            "Gold labels:": f"{self.ngold:,}",
+            "Folds x splits:": f"{self.method.folds} x {len(self.fit.J)}",
+            "Design p-value:": f"{check.figures['design_p']:.3f}",
+            "Worth of a label:": ""
+            if check.figures["labels_worth"] is None
+            else f"{check.figures['labels_worth']:.2f}",
+        }
+        out = Summary()
+        plain = fmt_params | {"data_fmts": ["%s"], "table_dec_below": None, "colsep": "  "}
+        head, beside = (
+            SimpleTable([[v] for v in part.values()], stubs=list(part), txt_fmt=plain) for part in (left, right)
+        )
+        head.title = "Design-based Supervised Learning"
+        head.extend_right(beside)
+        out.tables.append(head)
+        heads = ["coef", "std err", "z", "P>|z|", f"[{alpha / 2:g}", f"{1 - alpha / 2:g}]"]
+        low, high = self._limits(self.fit.dsl, alpha)
+        cells = zip(self.params, self.bse, self.tvalues, self.pvalues, low, high, strict=True)
+        body = [[f"{c:.4f}", f"{s:.3f}", f"{z:.3f}", f"{p:.3f}", f"{a:.3f}", f"{b:.3f}"] for c, s, z, p, a, b in cells]
+        out.tables.append(SimpleTable(body, heads, self._names, txt_fmt=fmt_params))
+        names = list(self.fit.baselines)
+        others = [
+            [f"{e.theta[j]:.4f} ({e.se[j]:.3f})" for e in self.fit.baselines.values()] for j in range(len(self._names))
+        ]
+        out.tables.append(SimpleTable(others, names, self._names, title="Without it", txt_fmt=fmt_params))
+        out.add_extra_txt([check.text[:1].upper() + check.text[1:] + ".", *(f"{note}." for note in problem.notes)])
+        return out
+
+    def to_dict(self) -> dict[str, Any]:
+        """All figures as plain data."""
+        low, high = self._limits(self.fit.dsl)
+        check = self.check()
+
+        def told(e: Estimates) -> dict[str, Any]:
+            if e.failed:
+                return {"failed": e.failed}
+            return {"params": _named(self._names, e.theta), "bse": _named(self._names, e.se)}
+
+        return {
+            "model": self.title,
+            "names": self._names,
+            **told(self.fit.dsl),
+            "pvalues": _named(self._names, self.pvalues),
+            "conf_int": {n: [a, b] for n, a, b in zip(self._names, low.tolist(), high.tolist(), strict=True)},
+            "alpha": self.method.alpha,
+            "cov_params": self.fit.dsl.V.tolist(),
+            "nobs": self.nobs,
+            "ngold": self.ngold,
+            "baselines": {name: told(e) for name, e in self.fit.baselines.items()},
+            "check": {"passed": check.passed, "text": check.text, "figures": dict(check.figures)},
+            "notes": list(self.problem.notes),
+            "seconds": self.cost.seconds,
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write `to_dict` as JSON."""
+        write_atomically(Path(path), json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n")
+
+    def __repr__(self) -> str:
+        return f"<DSLResult of {self.title}: {self.ngold} gold labels of {self.nobs} rows>"
+
+
+def _named(names: Sequence[str], values: Any) -> dict[str, float]:
+    return dict(zip(names, map(float, values), strict=True))

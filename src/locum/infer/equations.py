@@ -1,0 +1,273 @@
+"""Estimating equations that mix two versions of a row, solved, with their sandwich variance.
+
+A row's moment is a_i m(Dhat_i) + b_i m(D_i): Dhat is the row with predictions in it, D the one with gold labels, which only
+some rows have. Design-based supervised learning is a = 1 - R/pi, b = R/pi; predictions alone are a = 1, b = 0; gold labels
+alone are a = 0, b = R/pi. The moment of a row without a gold label is never computed.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int
+from scipy import sparse
+
+from locum.errors import UserError
+from locum.infer.base import Columns, Moment
+
+__all__ = [
+    "ConvergenceError",
+    "Mixed",
+    "Solution",
+    "collinear",
+    "grouped_sums",
+    "meat",
+    "sandwich",
+    "solve",
+    "solve_within",
+]
+
+Array = np.ndarray
+STEPS, HALVINGS, CLOSE = 100, 40, 1e-10
+ILL = 1e12  # condition of the scaled Jacobian from which on its inverse says nothing
+
+
+class ConvergenceError(UserError):
+    """The estimating equation has no root that could be found."""
+
+
+@dataclass(frozen=True, eq=False)
+class Mixed:
+    """Rows in two versions.
+
+    Args:
+        hat: all rows with predictions, or None where only gold labels count.
+        a: weights of hat [rows].
+        gold: the rows with gold labels, in the order of `at`; None for none.
+        at: which rows those are.
+        b: their weights.
+    """
+
+    hat: Columns | None
+    a: Float[Array, " rows"]
+    gold: Columns | None
+    at: Int[Array, " gold"]
+    b: Float[Array, " gold"]
+
+    @property
+    def rows(self) -> int:
+        return len(self.a)
+
+    @property
+    def parts(self) -> list[tuple[Columns, Array]]:
+        return [(D, w) for D, w in ((self.hat, self.a), (self.gold, self.b)) if D is not None]
+
+    def scores(self, moment: Moment, theta: Float[Array, " p"]) -> Float[Array, "rows p"]:
+        """The moment of each row."""
+        out = np.zeros((self.rows, len(theta)))
+        if self.hat is not None:
+            out += self.a[:, None] * moment.m(theta, self.hat)
+        if self.gold is not None:
+            out[self.at] += self.b[:, None] * moment.m(theta, self.gold)
+        return out
+
+    def differences(self, moment: Moment, theta: Float[Array, " p"]) -> Float[Array, "gold p"]:
+        """m(D) - m(Dhat) of the gold rows; 0 where only one of the two counts."""
+        if self.hat is None or self.gold is None:
+            return np.zeros((len(self.at), len(theta)))
+        return moment.m(theta, self.gold) - moment.m(theta, {k: v[self.at] for k, v in self.hat.items()})
+
+    def mean(self, moment: Moment, theta: Float[Array, " p"]) -> Float[Array, " p"]:
+        return sum((w @ moment.m(theta, D) for D, w in self.parts), np.zeros(len(theta))) / self.rows
+
+    def jacobian(self, moment: Moment, theta: Float[Array, " p"]) -> Float[Array, "p p"]:
+        """The mean Jacobian."""
+        whole = np.zeros((len(theta), len(theta)))
+        return sum((moment.jac(theta, D, w) for D, w in self.parts), whole) / self.rows
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """A root, the rows' moments there, the mean Jacobian there, and m(D) - m(Dhat) of the gold rows."""
+
+    theta: Float[Array, " p"]
+    scores: Float[Array, "rows p"]
+    J: Float[Array, "p p"]
+    differences: Float[Array, "gold p"]
+
+
+def solve(moment: Moment, mixed: Mixed, names: Sequence[str] = ()) -> Solution:
+    """Newton's method with halved steps: exact in one step where the moment is linear in theta.
+
+    Raises:
+        ConvergenceError: when 100 steps find no root, or coefficients grow without bound.
+        UserError: for a Jacobian that cannot be inverted.
+    """
+    theta = moment.start(mixed.parts[0][0])
+    scale = np.sqrt((mixed.scores(moment, theta) ** 2).mean(0)) + 1e-300  # the size of one row's moment
+    value = mixed.mean(moment, theta) / scale
+    for _ in range(STEPS):
+        J = mixed.jacobian(moment, theta)
+        step = _inverse(J, names) @ (value * scale)
+        share = 1.0
+        for _ in range(HALVINGS):
+            ahead = theta - share * step
+            there = mixed.mean(moment, ahead) / scale
+            if np.linalg.norm(there) <= (1 - 1e-4 * share) * np.linalg.norm(value) or _near(there):
+                break
+            share /= 2
+        else:
+            break
+        theta, value = ahead, there
+        if _near(value):
+            break
+    if not _near(value):
+        raise ConvergenceError(_no_root(moment, mixed, theta, names))
+    J = mixed.jacobian(moment, theta)
+    _inverse(J, names)
+    if separated := _unbounded(mixed, theta, J):
+        raise ConvergenceError(_separation(names, separated))
+    return Solution(theta, mixed.scores(moment, theta), J, mixed.differences(moment, theta))
+
+
+def solve_within(mixed: Mixed, groups: Sequence[Int[Array, " rows"]], names: Sequence[str] = ()) -> Solution:
+    """Least squares with an effect for each value of each of the groups, without a column for any of them.
+
+    With G the indicators, w_i = a_i + b_i and A~ = a Ahat + b A for A = X and y, the effects are profiled out: h(v) are the
+    effects that the equations G'(v - w G f) = 0 give each row, and
+
+        J = sum (a Xhat Xhat' + b X X') - X~' h(X~),    c = sum (a Xhat yhat + b X y) - X~' h(y~)
+
+    The moments returned are those of theta alone, effects taken out, so that the sandwich is that of the full regression.
+    """
+    X, y, w = _tilde(mixed, "X"), _tilde(mixed, "y"), _tilde(mixed, None)
+    hX, hy = effects(X, w, groups), effects(y[:, None], w, groups)[:, 0]
+    J = sum((D["X"] * v[:, None]).T @ D["X"] for D, v in mixed.parts) - X.T @ hX
+    c = sum((D["X"] * v[:, None]).T @ D["y"] for D, v in mixed.parts) - X.T @ hy
+    theta = _inverse(J / mixed.rows, names) @ (c / mixed.rows)
+    f = hy - hX @ theta
+    scores = -hX * (y - X @ theta - w * f)[:, None]
+    differences = np.zeros((len(mixed.at), len(theta)))
+    versions = ((mixed.hat, mixed.a, slice(None), -1), (mixed.gold, mixed.b, mixed.at, 1))
+    for D, v, at, sign in versions:
+        if D is None:
+            continue
+        rest = (D["y"] - D["X"] @ theta - f[at])[:, None]
+        scores[at] += v[:, None] * D["X"] * rest
+        if mixed.hat is not None and mixed.gold is not None:
+            here = mixed.at if sign < 0 else slice(None)
+            differences += sign * (D["X"][here] * rest[here] - hX[mixed.at] * rest[here])
+    return Solution(theta, scores, -J / mixed.rows, differences)
+
+
+def effects(
+    v: Float[Array, "rows k"], w: Float[Array, " rows"], groups: Sequence[Int[Array, " rows"]]
+) -> Float[Array, "rows k"]:
+    """The sum of the groups' effects at each row, where G'(v - w G f) = 0: group by group in turn, until nothing moves."""
+    sums = [sparse.csr_matrix((np.ones(len(g)), (g, np.arange(len(g))))) for g in groups]
+    weight = [np.maximum(S @ w, 0.0)[:, None] for S in sums]
+    f = [np.zeros((S.shape[0], v.shape[1])) for S in sums]
+    tolerance = CLOSE * (np.abs(v).max(0) + 1e-300)
+    for _ in range(10_000):
+        moved = 0.0
+        for k, S in enumerate(sums):
+            others = sum((f[j][h] for j, h in enumerate(groups) if j != k), np.zeros_like(v))
+            new = np.divide(S @ (v - w[:, None] * others), weight[k], out=np.zeros_like(f[k]), where=weight[k] > 0)
+            moved = max(moved, float((np.abs(new - f[k]).max(0) / tolerance).max()))
+            f[k] = new
+        if len(groups) == 1 or moved <= 1:
+            return sum((f[k][g] for k, g in enumerate(groups)), np.zeros_like(v))
+    raise ConvergenceError("the fixed effects did not settle in 10,000 turns: too few rows link their groups")
+
+
+def meat(scores: Float[Array, "rows p"], clusters: Int[Array, " rows"] | None = None) -> Float[Array, "p p"]:
+    """(1/N) sum of the outer products of the rows' moments, or of their sums by cluster."""
+    each = scores if clusters is None else grouped_sums(scores, clusters)
+    return each.T @ each / len(scores)
+
+
+def grouped_sums(values: Float[Array, "rows p"], groups: Int[Array, " rows"]) -> Float[Array, "groups p"]:
+    """Sums by group; groups are 0, 1, ..."""
+    rows = np.arange(len(groups))
+    return sparse.csr_matrix((np.ones(len(groups)), (groups, rows))) @ values
+
+
+def sandwich(J: Float[Array, "p p"], Omega: Float[Array, "p p"], rows: int) -> Float[Array, "p p"]:
+    """V = J^-1 Omega J^-T / N, arXiv 2306.04746; robust to heteroskedasticity (HC0)."""
+    inverse = np.linalg.inv(J)
+    return inverse @ Omega @ inverse.T / rows
+
+
+def collinear(X: Float[Array, "rows columns"], names: Sequence[str]) -> list[str]:
+    """The names of columns that depend linearly on each other; none where they are independent."""
+    size = np.sqrt((X**2).mean(0))
+    if not (size > 0).all():
+        return [names[int(np.argmin(size))]]
+    gram = (X / size).T @ (X / size) / len(X)
+    values, vectors = np.linalg.eigh(gram)
+    if values[0] > 1e-12 * values[-1]:
+        return []
+    null = np.abs(vectors[:, 0])
+    return [names[int(j)] for j in np.flatnonzero(null > 1e-3 * null.max())]
+
+
+def _near(value: Array) -> bool:
+    return bool(np.isfinite(value).all() and np.abs(value).max() < CLOSE)
+
+
+def _inverse(J: Array, names: Sequence[str]) -> Array:
+    """The inverse of a Jacobian, scaled on the way.
+
+    Raises:
+        UserError: when it is singular, naming the columns.
+    """
+    d = np.sqrt(np.abs(np.diag(J))) + 1e-300
+    scaled = J / d[:, None] / d
+    if not np.isfinite(scaled).all():
+        raise ConvergenceError("the estimating equation cannot be evaluated: its Jacobian is not finite")
+    _, s, rows = np.linalg.svd(scaled)
+    if s[-1] * ILL < s[0]:
+        null = np.abs(rows[-1])
+        which = [
+            str(names[j]) if j < len(names) else str(j) for j in map(int, np.flatnonzero(null > 1e-3 * null.max()))
+        ]
+        raise UserError(f"the coefficients of {', '.join(which)} cannot be told apart by these data: leave one out")
+    return np.linalg.inv(scaled) / d[:, None] / d
+
+
+def _tilde(mixed: Mixed, key: str | None) -> Array:
+    """a Ahat + b A for A = X or y, or a + b."""
+    shape = (mixed.rows, *mixed.parts[0][0]["X"].shape[1:]) if key == "X" else (mixed.rows,)
+    out = np.zeros(shape)
+    for D, w, at in ((mixed.hat, mixed.a, slice(None)), (mixed.gold, mixed.b, mixed.at)):
+        if D is not None:
+            out[at] += w if key is None else (w[:, None] if key == "X" else w) * D[key]
+    return out
+
+
+def _unbounded(mixed: Mixed, theta: Array, J: Array) -> list[int]:
+    """Coefficients at which the curvature has all but vanished: the root lies at infinity, and Newton's method went its way."""
+    X = mixed.parts[0][0].get("X")
+    if X is None or len(theta) % X.shape[1]:
+        return []
+    size = np.tile(np.sqrt((X**2).mean(0)), len(theta) // X.shape[1])
+    flat = np.abs(np.diag(J)) < 1e-7 * size**2
+    return [int(j) for j in np.flatnonzero(flat & (np.abs(theta) * size > 10))]
+
+
+def _separation(names: Sequence[str], at: Sequence[int]) -> str:
+    which = ", ".join(str(names[j]) if j < len(names) else str(j) for j in at)
+    return (
+        f"the outcome is separated by {which}: the coefficients grow without bound; "
+        "leave the column out, merge its categories, or label more"
+    )
+
+
+def _no_root(moment: Moment, mixed: Mixed, theta: Array, names: Sequence[str]) -> str:
+    J = mixed.jacobian(moment, theta)
+    if at := _unbounded(mixed, theta, J):
+        return _separation(names, at)
+    return (
+        f"the estimating equation has no root within {STEPS} steps: "
+        "too few gold labels for so many coefficients, or sampling probabilities that are too small"
+    )

@@ -1,0 +1,252 @@
+"""From a table and a formula to the arrays of an estimating equation, with every mistake named before any work is done."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from locum.errors import UserError, unknown
+from locum.infer.base import Columns, Moment
+from locum.infer.learners import Kind
+from locum.infer.moments import Linear, Multinomial, Regression
+from locum.infer.problem import Predicted, Problem, check_columns, check_labels, kind_of, probabilities, some
+from locum.infer.tables import complete, features_of, formulaic, pd, plain, read_table, with_arrays
+
+__all__ = ["from_formula"]
+
+Array = np.ndarray
+
+
+def from_formula(
+    data: Any,
+    formula: str,
+    moment: Moment,
+    predicted: Mapping[str, str | Sequence[str]],
+    prob: Any = None,
+    labelled: Any = None,
+    features: Sequence[str] = (),
+    cluster: str | None = None,
+    fixed_effects: Sequence[str] = (),
+) -> Problem:
+    """The problem that a table and a formula describe; what the arguments mean is said at `DSL.fit`.
+
+    Raises:
+        UserError: for a column that is not there, labels or probabilities that cannot be, rows that lack something, columns
+            that depend on each other: one sentence that names them.
+    """
+    table, parsed = read_table(data), _parsed(formula)
+    surrogates = {gold: [s] if isinstance(s, str) else list(s) for gold, s in predicted.items()}
+    variables = sorted(map(str, parsed.required_variables))
+    if not surrogates:
+        raise UserError("nothing is predicted: say which column holds the gold labels and which their surrogates")
+    if strange := [g for g in surrogates if g not in variables]:
+        raise UserError(f"the formula {formula!r} does not use the predicted variable {', '.join(strange)}")
+    if absent := [g for g, many in surrogates.items() if not many]:
+        raise UserError(f"the predicted variable {', '.join(absent)} has no surrogate")
+    if fixed_effects and not isinstance(moment, Linear):
+        raise UserError(f"fixed effects are for a linear regression, not for a {type(moment).__name__.lower()} one")
+    table, (prob, labelled) = with_arrays(table, prob=prob, labelled=labelled)
+    estimated = isinstance(prob, str) and prob == "estimate" and prob not in table
+    every = [s for many in surrogates.values() for s in many]
+    wanted = [*variables, *every, *features, *fixed_effects]
+    wanted += [c for c in (None if estimated else prob, labelled, cluster) if isinstance(c, str)]
+    for name in wanted:
+        if name not in table.columns:
+            raise unknown("column", name, map(str, table.columns))
+    table, notes = complete(table, [c for c in dict.fromkeys(wanted) if c not in surrogates])
+    is_gold = _marked(table, list(surrogates), labelled)
+    at = np.flatnonzero(is_gold)
+    blocks = features_of(table, dict.fromkeys([*every, *(v for v in variables if v not in surrogates), *features]))
+    outcome = str(parsed.lhs)
+    found = {
+        gold: _variable(table, gold, many, blocks, at, gold == outcome and isinstance(moment, Multinomial))
+        for gold, many in surrogates.items()
+    }
+    design = _Design(table, parsed, moment, found, at, bool(fixed_effects))
+    check_columns(design.gold["X"] if design.moves else design.X, design.names)
+    if estimated:
+        notes.append("probabilities were estimated: the guarantee rests on the regression that did it")
+    return Problem(
+        rows=design.rows,
+        predicted=found,
+        at=at,
+        prob=probabilities(
+            plain(table[prob]) if isinstance(prob, str) and not estimated else prob,
+            is_gold,
+            np.column_stack(list(blocks.values())),
+            str(prob),
+            table.index,
+        ),
+        names=tuple(f"{c}: {n}" for c in design.levels[1:] for n in design.names) or tuple(design.names),
+        outcome=outcome,
+        levels=design.levels,
+        outcome_only=not design.moves,
+        clusters=_codes(table[cluster]) if cluster else None,
+        effects=tuple(_codes(table[g]) for g in fixed_effects),
+        notes=tuple(notes),
+        explanatory=tuple(sorted(map(str, parsed.rhs.required_variables))),
+        matrix=design.matrix,
+    )
+
+
+class _Design:
+    """A formula on a table: rows with any values of the predicted variables, and X of other tables.
+
+    How columns are coded (levels, transformations with a memory) is fixed once, on gold labels taken in turn where there is
+    none, so that it does not depend on predictions.
+    """
+
+    def __init__(
+        self,
+        table: Any,
+        parsed: Any,
+        moment: Moment,
+        found: Mapping[str, Predicted],
+        at: Int[Array, " gold"],
+        within: bool,
+    ) -> None:
+        self.table, self.parsed, self.found = table, parsed, found
+        self.outcome = str(parsed.lhs)
+        self.moves = bool(set(map(str, parsed.rhs.required_variables)) & set(found))
+        filled = self._with({k: np.resize(v.labels, (len(table), *v.labels.shape[1:])) for k, v in found.items()})
+        whole = self._evaluated(parsed.rhs, filled)
+        self._coding = whole.model_spec
+        names = [str(name) for name in whole.model_spec.column_names]
+        self._kept = [j for j, name in enumerate(names) if not (within and name == "Intercept")]
+        self.names = [names[j] for j in self._kept]
+        if not self.names:
+            raise UserError(f"the formula {self._text} has no column besides the fixed effects")
+        self.X = np.asarray(whole, dtype=float)[:, self._kept]
+        self.levels: tuple[Any, ...] = ()
+        self._seen: Array | None = None  # the outcome, where it is a column that is not predicted
+        if isinstance(moment, Multinomial):
+            self._classes()
+        elif self.outcome in table and self.outcome not in found:
+            self._seen = _checked(moment, plain(table[self.outcome]), self.outcome)
+        else:
+            predicted = found.get(self.outcome)
+            labels = (
+                plain(table[self.outcome])[at] if predicted and predicted.kind == "classes" else self.gold_at(at)["y"]
+            )
+            _checked(moment, labels, self.outcome)
+        self.gold = self.gold_at(at)
+
+    @property
+    def _text(self) -> str:
+        return f"{self.parsed.lhs} ~ {self.parsed.rhs}"
+
+    def _classes(self) -> None:
+        """The classes of a multinomial outcome."""
+        if self.outcome in self.found:
+            self.levels = self.found[self.outcome].levels
+        elif self.outcome in self.table:
+            column = plain(self.table[self.outcome])
+            self.levels = tuple(sorted(set(column), key=str))
+            self._seen = _indicators(column, self.levels)
+        else:
+            raise UserError(f"the outcome of a multinomial regression must be a column, got {self.outcome}")
+        if len(self.levels) < 2:
+            raise UserError(f"the outcome {self.outcome} must have two classes or more, got {some(self.levels)}")
+
+    def _evaluated(self, side: Any, frame: Any) -> Any:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")  # levels that were not there before
+                return side.get_model_matrix(frame, context={}, output="numpy", na_action="raise")
+        except Exception as error:  # whatever a user's expression raises
+            said = " ".join(str(error).split())
+            raise UserError(f"the formula {self._text} cannot be evaluated: {said}") from None
+
+    def _with(self, values: Mapping[str, Array], at: Any = slice(None)) -> Any:
+        """Rows of the table with these values of the predicted variables: of classes, the likeliest."""
+
+        def column(name: str) -> Any:
+            p = self.found[name]
+            if p.kind != "classes":
+                return values[name]
+            return pd.Categorical.from_codes(values[name].argmax(1), categories=list(p.levels))
+
+        return self.table.iloc[at].assign(**{name: column(name) for name in self.found})
+
+    def matrix(self, frame: Any) -> Float[Array, "rows columns"]:
+        """X of a table, coded as it was first."""
+        return np.asarray(self._evaluated(self._coding, frame), dtype=float)[:, self._kept]
+
+    def rows(self, values: Mapping[str, Array], at: Any) -> Columns:
+        """``Problem.rows``."""
+        bare = self._seen is not None or self.outcome in self.found
+        frame = self._with(values, at) if self.moves or not bare else None
+        if self._seen is not None:
+            y = self._seen[at]
+        elif bare:
+            y = values[self.outcome]
+        else:
+            y = np.asarray(self._evaluated(self.parsed.lhs, frame), dtype=float).ravel()
+        return {"y": y, "X": self.matrix(frame) if self.moves else self.X[at]}
+
+    def gold_at(self, at: Int[Array, " gold"]) -> Columns:
+        return self.rows({k: v.labels for k, v in self.found.items()}, at)
+
+
+def _parsed(formula: str) -> Any:
+    wanted = f"the formula {formula!r} must be 'outcome ~ columns'"
+    try:
+        parsed = formulaic.Formula(formula)
+        outcomes = list(parsed.lhs)
+        _ = parsed.rhs.required_variables
+    except AttributeError:
+        raise UserError(wanted) from None
+    except formulaic.errors.FormulaicError as error:
+        raise UserError(f"the formula {formula!r} cannot be read: {str(error).splitlines()[0].rstrip('.')}") from None
+    if len(outcomes) != 1:
+        raise UserError(f"{wanted}, with one outcome")
+    return parsed
+
+
+def _marked(table: Any, columns: Sequence[str], labelled: str | None) -> Array:
+    """Which rows have gold labels."""
+    has = {c: table[c].notna().to_numpy() for c in columns}
+    if labelled is None:
+        marked = np.logical_and.reduce(list(has.values()))
+    else:
+        mark = plain(table[labelled])
+        if mark.dtype.kind not in "biuf" or not np.isin(mark, (0, 1)).all():
+            raise UserError(f"the column {labelled} must be 0 or 1: whether a row was sampled for a gold label")
+        marked = mark.astype(bool)
+    for column, there in has.items():
+        check_labels(there, marked, column, labelled is None, table.index)
+    return marked
+
+
+def _variable(
+    table: Any, gold: str, surrogates: Sequence[str], blocks: Mapping[str, Array], at: Array, as_classes: bool
+) -> Predicted:
+    """A predicted variable: its labels in numbers, and what it is predicted from."""
+    labels, first = plain(table[gold])[at], plain(table[surrogates[0]])
+    kind: Kind = "classes" if as_classes else kind_of(labels)
+    rest = [block for name, block in blocks.items() if name not in surrogates]
+    if kind != "classes":
+        stand_in = first.astype(float) if first.dtype.kind in "biuf" else None
+        inputs = [*(blocks[s] for s in surrogates), *rest]
+        return Predicted(kind, labels.astype(float), np.column_stack(inputs), len(surrogates), stand_in)
+    # Classes that no expert has named yet may still be said by a surrogate of the same kind.
+    alike = (first.dtype.kind in "biuf") == (labels.dtype.kind in "biuf")
+    seen = {*labels, *(first if alike and len(set(first)) <= max(20, 2 * len(set(labels))) else ())}
+    levels = tuple(sorted(seen, key=str))
+    own = _indicators(first, levels) if set(first) <= seen else None
+    inputs = [*([blocks[surrogates[0]]] if own is None else [own]), *(blocks[s] for s in surrogates[1:]), *rest]
+    return Predicted("classes", _indicators(labels, levels), np.column_stack(inputs), len(surrogates), own, levels)
+
+
+def _indicators(values: Array, levels: Sequence[Any]) -> Float[Array, "rows classes"]:
+    return np.column_stack([values == level for level in levels]).astype(float)
+
+
+def _checked(moment: Moment, y: Array, name: str) -> Array:
+    return moment.outcome(y, name) if isinstance(moment, Regression) else y
+
+
+def _codes(column: Any) -> Int[Array, " rows"]:
+    return pd.factorize(column)[0].astype(np.int64)

@@ -1,0 +1,124 @@
+"""Reading a user's table: files, columns as numbers, features, rows that lack something."""
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from locum.errors import MissingExtra, UserError
+from locum.infer.problem import some
+
+try:
+    import formulaic
+    import pandas as pd
+except ImportError:
+    raise MissingExtra("locum.infer.DSL", "infer") from None
+
+__all__ = ["complete", "features_of", "formulaic", "pd", "plain", "read_table", "with_arrays"]
+
+Array = np.ndarray
+MOST_LEVELS = 50  # values of a feature that is no number
+
+
+def read_table(data: Any) -> "pd.DataFrame":
+    """A data frame as it is, a mapping of columns, or a .csv, .tsv, .parquet, .jsonl file.
+
+    Raises:
+        UserError: for a file that cannot be read, or one without rows.
+    """
+    table = data if isinstance(data, pd.DataFrame) else _read(data)
+    if not len(table):
+        raise UserError("the data have no rows")
+    return table
+
+
+def _read(data: Any) -> Any:
+    if isinstance(data, Mapping):
+        try:
+            return pd.DataFrame(dict(data))
+        except ValueError as error:
+            raise UserError(f"the columns do not make a table: {error}") from None
+    if not isinstance(data, str | Path):
+        raise UserError(f"data must be a data frame, a mapping of columns or a file, got {type(data).__name__}")
+    path = Path(data)
+    readers: dict[str, Callable[[Path], Any]] = {
+        ".csv": pd.read_csv,
+        ".tsv": lambda p: pd.read_csv(p, sep="\t"),
+        ".parquet": pd.read_parquet,
+        ".jsonl": lambda p: pd.read_json(p, lines=True),
+    }
+    if path.suffix not in readers:
+        raise UserError(f"{path} must be a {', '.join(readers)} file")
+    try:
+        return readers[path.suffix](path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not a {path.suffix} table: {' '.join(str(error).split())}") from None
+
+
+def with_arrays(table: Any, **given: Any) -> tuple[Any, list[Any]]:
+    """The table with given arrays as columns of those names; what was given, arrays as the names of their columns.
+
+    A name that the table has already gets an underscore.
+    """
+    out = []
+    for name, value in given.items():
+        if value is None or np.ndim(value) == 0:
+            out.append(value)
+            continue
+        if len(value) != len(table):
+            raise UserError(f"{name} must have one value for each of {len(table)} rows, got {len(value)}")
+        while name in table:
+            name = f"{name}_"
+        table = table.assign(**{name: np.asarray(value)})
+        out.append(name)
+    return table, out
+
+
+def complete(table: Any, columns: Sequence[str]) -> tuple[Any, list[str]]:
+    """The rows that have all that should be known of every row, and what is to be said of the others."""
+    absent = table[list(columns)].isna()
+    lacking = absent.any(axis=1)
+    if not lacking.any():
+        return table, []
+    which = ", ".join(f"{c} ({int(absent[c].sum())})" for c in columns if absent[c].any())
+    note = f"{int(lacking.sum())} of {len(table)} rows are left out for missing values in {which}"
+    if lacking.all():
+        raise UserError(f"nothing is left: {note}")
+    warnings.warn(f"{note}: rows {some(table.index[lacking])}", stacklevel=4)
+    return table[~lacking], [note]
+
+
+def plain(column: Any) -> Array:
+    """A column as numbers, or as objects."""
+    if pd.api.types.is_numeric_dtype(column) or pd.api.types.is_bool_dtype(column):
+        return column.to_numpy() if isinstance(column.dtype, np.dtype) else column.to_numpy(float, na_value=np.nan)
+    values = column.to_numpy(dtype=object)
+    there = ~pd.isna(values)
+    if there.any() and all(isinstance(v, bool | np.bool_) for v in values[there]):  # booleans with gaps
+        numbers = np.full(len(values), np.nan)
+        numbers[there] = values[there].astype(float)
+        return numbers
+    return values
+
+
+def features_of(table: Any, columns: Iterable[str]) -> dict[str, Array]:
+    """Columns as blocks of numbers [N, k]: what is no number becomes indicators of its values."""
+    out: dict[str, Array] = {}
+    for name in columns:
+        column = plain(table[name])
+        if column.dtype.kind not in "biuf":
+            levels = sorted(pd.unique(column), key=str)
+            if len(levels) > MOST_LEVELS:
+                raise UserError(
+                    f"the column {name} has {len(levels)} different values: too many for a feature (at most {MOST_LEVELS})"
+                )
+            out[name] = np.column_stack([column == level for level in levels]).astype(float)
+            continue
+        out[name] = column.astype(float)[:, None]
+        if (bad := ~np.isfinite(out[name][:, 0])).any():
+            raise UserError(f"the column {name} must be finite, and is not in rows {some(table.index[bad])}")
+    return out
