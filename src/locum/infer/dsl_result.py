@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy import stats
 
-from locum.errors import MissingExtra, UserError, unknown
+from locum.errors import UserError, unknown
 from locum.files import write_atomically
 from locum.infer.base import Check, Cost, Result
 from locum.infer.dsl import DSL, Estimates, Fit
@@ -246,51 +246,9 @@ class DSLResult(Result):
         Raises:
             MissingExtra: without statsmodels, whose tables these are.
         """
-        try:
-            from statsmodels.iolib.summary import Summary
-            from statsmodels.iolib.table import SimpleTable
-            from statsmodels.iolib.tableformatting import fmt_params
-        except ImportError:
-            raise MissingExtra("DSLResult.summary", "infer") from None
-        alpha = self.method.alpha if alpha is None else alpha
-        problem, check = self.problem, self.check()
-        errors = "clustered" if problem.clusters is not None else "robust (HC0)"
-        left = {
-            "Dep. Variable:": problem.outcome,
-            "Model:": type(self.method.estimand).__name__,
-            "Method:": "DSL",
-            "Predicted:": ", ".join(problem.predicted),
-            "Covariance Type:": errors,
-        }
-        right = {
-            "No. Observations:": f"{self.nobs:,}",
-            "Gold labels:": f"{self.ngold:,}",
-            "Folds x splits:": f"{self.method.folds} x {len(self.fit.J)}",
-            "Design p-value:": f"{check.figures['design_p']:.3f}",
-            "Worth of a label:": ""
-            if check.figures["labels_worth"] is None
-            else f"{check.figures['labels_worth']:.2f}",
-        }
-        out = Summary()
-        plain = fmt_params | {"data_fmts": ["%s"], "table_dec_below": None, "colsep": "  "}
-        head, beside = (
-            SimpleTable([[v] for v in part.values()], stubs=list(part), txt_fmt=plain) for part in (left, right)
-        )
-        head.title = "Design-based Supervised Learning"
-        head.extend_right(beside)
-        out.tables.append(head)
-        heads = ["coef", "std err", "z", "P>|z|", f"[{alpha / 2:g}", f"{1 - alpha / 2:g}]"]
-        low, high = self._limits(self.fit.dsl, alpha)
-        cells = zip(self.params, self.bse, self.tvalues, self.pvalues, low, high, strict=True)
-        body = [[f"{c:.4f}", f"{s:.3f}", f"{z:.3f}", f"{p:.3f}", f"{a:.3f}", f"{b:.3f}"] for c, s, z, p, a, b in cells]
-        out.tables.append(SimpleTable(body, heads, self._names, txt_fmt=fmt_params))
-        names = list(self.fit.baselines)
-        others = [
-            [f"{e.theta[j]:.4f} ({e.se[j]:.3f})" for e in self.fit.baselines.values()] for j in range(len(self._names))
-        ]
-        out.tables.append(SimpleTable(others, names, self._names, title="Without it", txt_fmt=fmt_params))
-        out.add_extra_txt([check.text[:1].upper() + check.text[1:] + ".", *(f"{note}." for note in problem.notes)])
-        return out
+        from locum.infer.dsl_summary import summary_of
+
+        return summary_of(self, self.method.alpha if alpha is None else alpha)
 
     def to_dict(self) -> dict[str, Any]:
         """All figures as plain data."""
