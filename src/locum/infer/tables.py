@@ -1,5 +1,7 @@
-"""Reading a user's table: files, columns as numbers, features, rows that lack something."""
+"""A user's table: reading and writing files, columns as numbers, features, rows that lack something."""
 
+import io
+import json
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -8,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from locum.errors import MissingExtra, UserError
+from locum.files import write_atomically
 from locum.infer.problem import some
 
 try:
@@ -16,10 +19,12 @@ try:
 except ImportError:
     raise MissingExtra("locum.infer.DSL", "infer") from None
 
-__all__ = ["complete", "features_of", "formulaic", "pd", "plain", "read_table", "with_arrays"]
+__all__ = ["complete", "features_of", "formulaic", "pd", "plain", "read_table", "with_arrays", "write_with"]
 
 Array = np.ndarray
 MOST_LEVELS = 50  # values of a feature that is no number
+SEPARATOR = {".csv": ",", ".tsv": "\t"}
+FORMATS = (*SEPARATOR, ".parquet", ".jsonl")
 
 
 def read_table(data: Any) -> "pd.DataFrame":
@@ -43,20 +48,68 @@ def _read(data: Any) -> Any:
     if not isinstance(data, str | Path):
         raise UserError(f"data must be a data frame, a mapping of columns or a file, got {type(data).__name__}")
     path = Path(data)
+    check_format(path)
     readers: dict[str, Callable[[Path], Any]] = {
-        ".csv": pd.read_csv,
-        ".tsv": lambda p: pd.read_csv(p, sep="\t"),
         ".parquet": pd.read_parquet,
         ".jsonl": lambda p: pd.read_json(p, lines=True),
     }
-    if path.suffix not in readers:
-        raise UserError(f"{path} must be a {', '.join(readers)} file")
+    return _read_file(path, readers.get(path.suffix, lambda p: pd.read_csv(p, sep=SEPARATOR[p.suffix])))
+
+
+def _read_file(path: Path, read: Callable[[Path], Any]) -> Any:
     try:
-        return readers[path.suffix](path)
+        return read(path)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
     except ValueError as error:
         raise UserError(f"{path} is not a {path.suffix} table: {' '.join(str(error).split())}") from None
+
+
+def check_format(path: Path) -> None:
+    """Refuse a file whose name ends like none of the formats."""
+    if path.suffix not in FORMATS:
+        raise UserError(f"{path} must be a {', '.join(FORMATS)} file")
+
+
+def write_with(source: Path, target: Path, columns: "pd.DataFrame") -> None:
+    """Write a file's table anew with columns more, in the format of the new file's suffix.
+
+    Where both files are of one kind its cells are copied as they stand: 007 stays 007, and NA stays NA.
+
+    Raises:
+        UserError: for a format that is not known, or columns that the table has.
+    """
+    check_format(target)
+    table = _cells(source) if _sort(source) == _sort(target) else read_table(source)
+    if both := [str(c) for c in columns if c in table]:
+        raise UserError(f"the table {source} has a column {both[0]} already: rename it")
+    whole = pd.concat([table, columns.set_axis(table.index)], axis=1)
+    if target.suffix == ".parquet":
+        held = io.BytesIO()
+        whole.to_parquet(held, index=False)
+        write_atomically(target, held.getvalue())
+    elif target.suffix == ".jsonl":
+        write_atomically(
+            target,
+            whole.to_json(orient="records", lines=True, force_ascii=False, double_precision=15, date_format="iso"),
+        )
+    else:
+        write_atomically(target, whole.to_csv(sep=SEPARATOR[target.suffix], index=False))
+
+
+def _sort(path: Path) -> str:
+    return "text" if path.suffix in SEPARATOR else path.suffix
+
+
+def _cells(path: Path) -> Any:
+    """A file's table with its cells as they are written, where they are text; the rows are those of `read_table`."""
+    if path.suffix in SEPARATOR:
+        return _read_file(path, lambda p: pd.read_csv(p, sep=SEPARATOR[p.suffix], dtype=str, keep_default_na=False))
+    if path.suffix == ".jsonl":
+        return _read_file(
+            path, lambda p: pd.DataFrame(map(json.loads, filter(str.strip, p.open(encoding="utf-8"))), dtype=object)
+        )
+    return read_table(path)
 
 
 def with_arrays(table: Any, **given: Any) -> tuple[Any, list[Any]]:
