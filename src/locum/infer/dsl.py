@@ -78,7 +78,7 @@ from locum.progress import Bar
 if TYPE_CHECKING:  # brings pandas
     from locum.infer.dsl_result import DSLResult
 
-__all__ = ["DSL", "Estimates", "Fit", "combined", "fold_of", "pseudo_outcome"]
+__all__ = ["DSL", "Estimates", "Fit", "combined", "fold_of", "pseudo_outcome", "simpler"]
 
 Array = np.ndarray
 MOMENTS: dict[str, type[Moment]] = {
@@ -281,10 +281,15 @@ class DSL(Estimator):
             1 if isinstance(self.predictor, Identity) else self.splits
         )  # nothing that is fitted, nothing that differs
         done = list(self._each(problem, range(count), weights, jobs, progress))
-        others = _without(problem, self.estimand, weights) | {"predictions only": combined([d.alone for d in done])}
+        others = {
+            name: combined([d.alone for d in done])
+            if name == "predictions only"
+            else simpler(name, problem, self.estimand, weights)
+            for name in BASELINES
+        }
         return Fit(
             combined([d.dsl for d in done]),
-            {name: others[name] for name in BASELINES if name in others},
+            {name: found for name, found in others.items() if found is not None},
             np.stack([d.Omega for d in done]),
             np.stack([d.Omega_1 for d in done]),
             np.stack([d.J for d in done]),
@@ -386,24 +391,25 @@ def combined(splits: Sequence[Estimates]) -> Estimates:
     return Estimates(theta, V)
 
 
-def _without(problem: Problem, moment: Moment, weights: Array) -> dict[str, Estimates]:
-    """What one would have had without the method, but for predictions alone."""
-    N, at = problem.size, problem.at
-    none, ones = np.zeros(N), np.ones(N)
-    out = {}
-    stand_ins = {k: v.stand_in for k, v in problem.predicted.items() if v.stand_in is not None}
-    if len(stand_ins) == len(problem.predicted):
-        naive = problem.rows(stand_ins, slice(None))
-        out["surrogate only"] = _try(problem, moment, Mixed(naive, ones, None, at, weights))
-    out["gold only"] = _try(problem, moment, Mixed(None, none, problem.gold, at, weights))
-    if problem.outcome_only:
-        zero = {k: np.zeros((N, *v.labels.shape[1:])) for k, v in problem.predicted.items()}
-        a = ones.copy()
-        a[at] -= weights
-        out["weighting only"] = _try(
-            problem, moment, Mixed(problem.rows(zero, slice(None)), a, problem.gold, at, weights)
-        )
-    return out
+def simpler(name: str, problem: Problem, moment: Moment, weights: Float[Array, " gold"]) -> Estimates | None:
+    """What one would have had without the method, for a baseline that fits no predictor; None where it has no meaning.
+
+    Args:
+        name: of the baseline.
+        weights: 1 / pi of the gold rows.
+    """
+    at, none, ones = problem.at, np.zeros(problem.size), np.ones(problem.size)
+    if name == "gold only":
+        return _try(problem, moment, Mixed(None, none, problem.gold, at, weights))
+    if name == "surrogate only":
+        stand_ins = {k: v.stand_in for k, v in problem.predicted.items() if v.stand_in is not None}
+        if len(stand_ins) < len(problem.predicted):
+            return None
+        return _try(problem, moment, Mixed(problem.rows(stand_ins, slice(None)), ones, None, at, weights))
+    if not problem.outcome_only:
+        return None
+    ones[at] -= weights
+    return _try(problem, moment, Mixed(problem.rows(problem.zeros, slice(None)), ones, problem.gold, at, weights))
 
 
 def _solve(problem: Problem, moment: Moment, mixed: Mixed) -> Solution:
