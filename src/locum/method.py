@@ -19,7 +19,18 @@ import yaml
 from locum.errors import UserError, unknown
 from locum.paper import FAMILIES, ROOT, find, module_paths
 
-__all__ = ["Names", "from_dict", "from_yaml", "names", "outside", "parameters", "require", "to_dict", "to_yaml"]
+__all__ = [
+    "Names",
+    "from_dict",
+    "from_yaml",
+    "names",
+    "outside",
+    "parameters",
+    "require",
+    "settings",
+    "to_dict",
+    "to_yaml",
+]
 
 
 def require(method: object, field: str, ok: bool, allowed: str) -> None:
@@ -53,6 +64,40 @@ def outside(text: str, marks: str) -> list[str]:
         else:
             parts[-1] += c
     return [part.strip() for part in parts]
+
+
+def settings(text: str, cls: type, words: bool = False) -> dict[str, Any]:
+    """The settings in the brackets of a text like "clip(low=0.1, high=inf)": fields of a class by name, plain values, never code.
+
+    Args:
+        words: a bare word stands for itself, as in "dsl(learner=forest)".
+
+    Raises:
+        UserError: for settings without a name, a field that the class has not, or values that are not plain.
+    """
+    name, _, inside = text.partition("(")
+    known = [f.name for f in _fields(cls)]
+    try:
+        call = ast.parse(f"f({inside.removesuffix(')')})", mode="eval").body
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
+            raise ValueError
+        given = {str(k.arg): _literal(k.value, words) for k in call.keywords}
+    except (SyntaxError, ValueError):
+        raise UserError(f"cannot read the settings of {text!r}: they must be plain values") from None
+    if call.args:
+        raise UserError(f"write the settings of {name} by name, like {name}({known[0]}=...), got {text!r}")
+    if strange := set(given) - set(known):
+        raise unknown(f"field of {cls.__name__}", min(strange), known)
+    return given
+
+
+def _literal(node: ast.expr, words: bool) -> Any:
+    """A plain value; inf too."""
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) and isinstance(node.operand, ast.Name):
+        return -_literal(node.operand, False)
+    if isinstance(node, ast.Name) and node.id == "inf":
+        return float("inf")
+    return node.id if words and isinstance(node, ast.Name) else ast.literal_eval(node)
 
 
 class Names(Mapping[str, type]):

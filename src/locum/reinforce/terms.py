@@ -1,13 +1,11 @@
 """Pieces of a recipe as text, like "d3s(tokens=(0.2, 1.0))" and "hapo.clip": names and plain values, never code."""
 
-import ast
 import re
 from collections.abc import Collection
 from dataclasses import fields
-from typing import Any
 
 from locum.errors import UserError, unknown
-from locum.method import names
+from locum.method import names, settings
 from locum.reinforce.base import Piece
 
 __all__ = ["name_of", "piece_of", "term"]
@@ -43,27 +41,4 @@ def piece_of(text: str, baselines: Collection[str]) -> Piece:
             raise UserError(f"the baseline {name} comes first in a recipe, not behind other terms")
         raise unknown("piece of a recipe", text.split("(")[0], [*baselines, *known])
     cls = known[name]
-    try:
-        call = ast.parse(f"f({found[3] or ''})", mode="eval").body
-        assert isinstance(call, ast.Call)
-        if call.args:
-            raise UserError(
-                f"write the settings of {name} by name, like {name}({fields(cls)[0].name}=...), got {text!r}"
-            )
-        given = {str(k.arg): _literal(k.value) for k in call.keywords}
-    except (SyntaxError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"cannot read the settings of {text!r}: they must be plain values") from None
-    if strange := set(given) - {f.name for f in fields(cls)}:
-        raise unknown(f"field of {cls.__name__}", min(strange), [f.name for f in fields(cls)])
-    return cls(**given)
-
-
-def _literal(node: ast.expr) -> Any:
-    """A plain value; inf too."""
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) and isinstance(node.operand, ast.Name):
-        return -_literal(node.operand)
-    if isinstance(node, ast.Name) and node.id == "inf":
-        return float("inf")
-    return ast.literal_eval(node)
+    return cls(**settings(text, cls))
