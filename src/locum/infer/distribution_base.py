@@ -5,6 +5,7 @@ number. What a distribution offers to strategies:
 
     smooth            whether `sample` is a differentiable function of the parameters (`implicit`: through the sampler)
     values, weights   where a lane has finitely many values: all of them, and their probabilities
+    shaped            a draw made of standard normal noise, so that the noise of many sites can be drawn at once
     measure_valued    a draw, and per parameter the pairs of draws whose difference is the derivative of an expectation
     lanewise          the same for lanes with finitely many values, from the lane's exact probabilities
 
@@ -53,6 +54,7 @@ class Distribution(ABC):
     smooth: ClassVar[bool] = False
     implicit: ClassVar[bool] = False
     coupled: ClassVar[bool] = False  # whether it has `measure_valued`
+    gaussian: ClassVar[bool] = False  # whether it has `shaped`
 
     @abstractmethod
     def sample(self, key: Key) -> jax.Array:
@@ -71,6 +73,15 @@ class Distribution(ABC):
     def shape(self) -> tuple[int, ...]:
         """The shape of a draw."""
         return ()
+
+    @property
+    def dtype(self) -> Any:
+        """The type of normal noise that `shaped` takes."""
+        raise NotImplementedError
+
+    def shaped(self, noise: jax.Array) -> jax.Array:
+        """The draw that standard normal noise of the draw's shape makes; `sample` is this with noise of its own."""
+        raise NotImplementedError
 
     def weights(self) -> jax.Array:
         """The probabilities of `values`, along the last axis."""

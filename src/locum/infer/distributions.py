@@ -68,15 +68,29 @@ class _LocationScale(Distribution):
         raise NotImplementedError
 
 
+class _Gaussian(Distribution):
+    """A smooth function of standard normal noise."""
+
+    smooth: ClassVar[bool] = True
+    gaussian: ClassVar[bool] = True
+
+    def sample(self, key: Key) -> jax.Array:
+        return self.shaped(random.normal(key, self.shape, self.dtype))
+
+
 @dataclass(frozen=True, eq=False)
-class Normal(_LocationScale):
+class Normal(_Gaussian, _LocationScale):
     """Normal, by mean and standard deviation."""
 
     name: ClassVar[str] = "normal"
     coupled: ClassVar[bool] = True
 
-    def _noise(self, key: Key, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-        return random.normal(key, shape, dtype)
+    @property
+    def dtype(self) -> Any:
+        return floating(self.loc, self.scale)[0]
+
+    def shaped(self, noise: jax.Array) -> jax.Array:
+        return self.loc + self.scale * noise
 
     def _log_density(self, z: jax.Array) -> jax.Array:
         return -0.5 * (z * z + _LOG_2PI)
@@ -136,23 +150,14 @@ class StudentT(_LocationScale):
 
 
 @dataclass(frozen=True, eq=False)
-class LogNormal(Distribution):
+class LogNormal(Normal):
     """exp of a normal."""
 
-    loc: ArrayLike
-    scale: ArrayLike
     name: ClassVar[str] = "lognormal"
-    smooth: ClassVar[bool] = True
+    coupled: ClassVar[bool] = False
 
-    def __post_init__(self) -> None:
-        check(self.name, "> 0", scale=self.scale)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return floating(self.loc, self.scale)[1]
-
-    def sample(self, key: Key) -> jax.Array:
-        return jnp.exp(Normal(self.loc, self.scale).sample(key))
+    def shaped(self, noise: jax.Array) -> jax.Array:
+        return jnp.exp(self.loc + self.scale * noise)
 
     def log_prob(self, value: ArrayLike) -> jax.Array:
         inside = jnp.asarray(value) > 0
@@ -162,13 +167,12 @@ class LogNormal(Distribution):
 
 
 @dataclass(frozen=True, eq=False)
-class MvNormal(Distribution):
+class MvNormal(_Gaussian):
     """Normal vector; `scale` is a vector of standard deviations or a lower triangular factor of the covariance."""
 
     mean: ArrayLike
     scale: ArrayLike  # [d], or [d, d] lower triangular
     name: ClassVar[str] = "mv_normal"
-    smooth: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         mean, scale = jnp.shape(self.mean), jnp.shape(self.scale)
@@ -181,9 +185,12 @@ class MvNormal(Distribution):
     def shape(self) -> tuple[int, ...]:
         return jnp.shape(self.mean)
 
-    def sample(self, key: Key) -> jax.Array:
-        dtype, _ = floating(self.mean, self.scale[..., 0])  # type: ignore[index]
-        noise, scale = random.normal(key, self.shape, dtype), jnp.asarray(self.scale)
+    @property
+    def dtype(self) -> Any:
+        return jnp.result_type(self.mean, self.scale, 0.0)
+
+    def shaped(self, noise: jax.Array) -> jax.Array:
+        scale = jnp.asarray(self.scale)
         return self.mean + (scale * noise if scale.ndim == 1 else jnp.tril(scale) @ noise)
 
     def log_prob(self, value: ArrayLike) -> jax.Array:

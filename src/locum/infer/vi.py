@@ -20,8 +20,13 @@ from locum.infer.objectives import *  # noqa: F403
 from locum.infer.programs import *  # noqa: F403
 from locum.infer.progvi import *  # noqa: F403
 from locum.infer.strategies import *  # noqa: F403
+from locum.infer.vi_audit import audit
+from locum.infer.vi_fit import Fitted, VIResult
 
 __all__ = [
+    "Fitted",
+    "VIResult",
+    "audit",
     *distributions.__all__,
     *strategies.__all__,
     *programs.__all__,
