@@ -88,6 +88,14 @@ class Task(ABC):
         """How long a unit takes, as far as can be told before, in any measure of time that all of them share."""
         return 1.0
 
+    def sound(self, row: Row) -> bool:
+        """Whether figures may be marked as the best: not those of a method that has broken its promise there."""
+        return True
+
+    def remark(self) -> str:
+        """What is to be known of this run's figures besides the note."""
+        return ""
+
     def told(self, row: Row) -> str:
         """What the progress says of a row."""
         return f"{row['method']} on {row['group']} {row['item'] + 1}"
@@ -169,7 +177,7 @@ class Comparison:
             measures=task.measures,
             columns=task.columns,
             main=task.main,
-            note=task.note,
+            note=f"{task.note} {task.remark()}".strip(),
             pooled=task.pooled,
             overall=overall,
             groups=self.by("method", "group"),
@@ -177,6 +185,7 @@ class Comparison:
             lines=self.lines,
             items=task.items(),
             facts=facts,
+            sound=task.sound,
         )
 
     def html(self) -> str:

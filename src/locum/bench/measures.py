@@ -238,7 +238,7 @@ def summary(lines: Sequence[Row], measures: Iterable[Measure]) -> dict[str, dict
     figures: dict[str, dict[str, Any]] = {"quality": {}, "cost": {}, "fidelity": {}, "ratios": {}}
     for measure in measures:
         figures[measure.section][measure.key] = measure.of(lines) if lines else None
-        if measure.section == "ratios" and (measure.each or measure.limits):
+        if measure.limits or (measure.section == "ratios" and measure.each):
             limits = measure.interval(lines) if lines else None
             figures[measure.section][f"{measure.key}_interval"] = list(limits) if limits else None
     return figures

@@ -6,7 +6,7 @@ All text of users and models is escaped, and the page loads nothing from anywher
 
 import html as escaping
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from string import Template
@@ -39,6 +39,7 @@ class Page:
         lines: raw lines, for the samples.
         items: the items' texts.
         facts: how it was run: name and value.
+        sound: whether a row of figures may be marked as the best: not one whose promise is broken.
     """
 
     title: str
@@ -54,6 +55,7 @@ class Page:
     lines: list[Row]
     items: list[str]
     facts: dict[str, str] = field(default_factory=dict)
+    sound: Callable[[Row], bool] = lambda row: True
 
     def measure(self, key: str) -> Measure:
         return next(m for m in self.measures if m.key == key)
@@ -162,7 +164,8 @@ def _web(name: str) -> str:
 def html_table(page: Page, rows: Sequence[Row], measures: Sequence[Measure]) -> str:
     """A table of those of the measures that somebody has, a row per method; it scrolls where it is too wide."""
     shown = [m for m in measures if any(r[m.section].get(m.key) is not None for r in rows)]
-    best = {m.key: _best(rows, m) for m in shown}
+    sound = [r for r in rows if page.sound(r)]
+    best = {m.key: _best(sound, m) for m in shown}
     heads = "".join(f'<th scope="col" title="{text(m.how)}">{text(shown_title(m))}{_unit(m)}</th>' for m in shown)
     settings = {
         (line["method"], line["group"]): line["raw"].get("settings", "") for line in page.lines if "raw" in line
@@ -171,7 +174,8 @@ def html_table(page: Page, rows: Sequence[Row], measures: Sequence[Measure]) -> 
     for row in rows:
         cells = []
         for m in shown:
-            mark = ' class="best"' if best[m.key] is not None and row[m.section].get(m.key) == best[m.key] else ""
+            first = row in sound and best[m.key] is not None and row[m.section].get(m.key) == best[m.key]
+            mark = ' class="best"' if first else ""
             value, _, limits = cell(row, m).partition(" (")
             cells.append(
                 f"<td{mark}>{text(value)}" + (f"<small>{text(limits.rstrip(')'))}</small>" if limits else "") + "</td>"
