@@ -66,9 +66,14 @@ def _read_file(path: Path, read: Callable[[Path], Any]) -> Any:
 
 
 def check_format(path: Path) -> None:
-    """Refuse a file whose name ends like none of the formats."""
+    """Refuse a file whose name ends like none of the formats, or like one that cannot be read here."""
     if path.suffix not in FORMATS:
         raise UserError(f"{path} must be a {', '.join(FORMATS)} file")
+    if path.suffix == ".parquet":
+        try:
+            import pyarrow  # noqa: F401
+        except ImportError:
+            raise MissingExtra("a .parquet file", "infer") from None
 
 
 def write_with(source: Path, target: Path, columns: "pd.DataFrame") -> None:
