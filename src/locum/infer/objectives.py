@@ -9,12 +9,12 @@ importance-weighted one (DIWHVI): random densities make them lower bounds of the
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import lax, random
 from jax.scipy.special import logsumexp
 
 from locum.errors import UserError
@@ -22,7 +22,7 @@ from locum.infer.densities import SIR, Density, Exact, as_density, normalize
 from locum.infer.programs import Program, Sampler
 from locum.method import require
 
-__all__ = ["ELBO", "IWELBO", "Objective", "Renyi", "Sleep", "WakePhi", "WakeTheta"]
+__all__ = ["ELBO", "IWELBO", "Objective", "PerDatum", "Renyi", "Sleep", "WakePhi", "WakeTheta"]
 
 Choices = Mapping[str, Any]
 
@@ -142,6 +142,32 @@ class _Blind(Density):
 
     def estimate_logpdf(self, sample: Any, choices: Choices, params: Any, *args: Any) -> jax.Array:
         return self.guide.estimate_logpdf(sample, choices, params, *args[1:])
+
+
+@dataclass(frozen=True)
+class PerDatum(Objective):
+    """The mean of an objective over many data: each run takes one of them at random, so that a step's samples are a minibatch.
+
+    The arrays in `data` and args have the data along their first axis; args are meant for a guide that reads what it infers from.
+
+    Args:
+        objective: what each datum is worth.
+    """
+
+    objective: Objective = field(default_factory=ELBO)
+
+    def program(self, model: Density, guide: Density, data: Choices) -> Callable[..., jax.Array]:
+        def f(sample: Sampler, params: Any, *args: Any) -> jax.Array:
+            sizes = {len(x) if jnp.ndim(x) else None for x in jax.tree.leaves((data, args))}
+            if len(sizes) != 1 or None in sizes:
+                raise UserError(
+                    f"PerDatum: data and args must be arrays with as many data along the first axis, got {sizes}"
+                )
+            i = random.randint(sample.fresh_key(), (), 0, sizes.pop())
+            datum, mine = jax.tree.map(lambda x: jnp.asarray(x)[i], (data, args))
+            return self.objective.program(model, guide, datum)(sample, params, *mine)
+
+        return f
 
 
 @dataclass(frozen=True)

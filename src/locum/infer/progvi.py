@@ -349,4 +349,8 @@ class ProgVI(Estimator):
             progress: whether to show how far it is.
         """
         params, data = as_parameters(params), dict(data or {})
-        return ascend(self, expectation(self.objective(model, guide, data)), params, data, args, checkpoint, progress)
+
+        def program(sample: Sampler, params: Any, data: Mapping[str, Any], *args: Any) -> jax.Array:
+            return self.objective(model, guide, data)(sample, params, *args)
+
+        return ascend(self, expectation(program), params, (data, *args), checkpoint, progress)

@@ -54,7 +54,7 @@ class VIResult(Result):
     Args:
         method: the `ProgVI` that did it.
         expectation: the objective with model, guide and data, as an `Expectation`.
-        args: what the programs took beside the parameters.
+        args: what the expectation takes beside the parameters: the data, then the programs' args.
         start: the parameters at the start.
         params: at the end.
         trace: the objective's estimate at each step.
@@ -141,17 +141,11 @@ class _State:
 
 
 def ascend(
-    method: Any,
-    expectation: Any,
-    params: Any,
-    data: Any,
-    args: tuple[Any, ...],
-    checkpoint: str | Path | None,
-    progress: bool,
+    method: Any, expectation: Any, params: Any, args: tuple[Any, ...], checkpoint: str | Path | None, progress: bool
 ) -> VIResult:
     """Run the steps of `method` that `checkpoint` does not hold yet."""
     optimizer = {"sgd": optax.sgd, "adam": optax.adam}[method.optimizer](method.learning_rate)
-    about = {"leaves": leaf_names(params), "input": _digest((params, data, args))}
+    about = {"leaves": leaf_names(params), "input": _digest((params, args))}
     state = _State(about, params, optimizer.init(params), [])
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None and path.exists():

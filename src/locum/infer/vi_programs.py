@@ -1,23 +1,30 @@
-"""Programs to try programmable variational inference on: the cone and a conjugate normal.
+"""Programs to try programmable variational inference on: the cone, a conjugate normal, and up to two objects on a small canvas.
 
 Each gives a model, guides and starting parameters; `CONE_OBJECTIVES` are the five objectives of the paper's table.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+from jax import random
 
 from locum.infer import strategies as s
 from locum.infer.densities import SIR, Density, marginal
-from locum.infer.distributions import normal
+from locum.infer.distributions import flip, normal
 from locum.infer.objectives import ELBO, IWELBO, Objective
+from locum.infer.programs import simulate
 
 __all__ = [
     "CONE_DATA",
     "CONE_LOG_EVIDENCE",
     "CONE_OBJECTIVES",
+    "air_guide",
+    "air_images",
+    "air_model",
+    "air_start",
     "cone_expressive_guide",
     "cone_model",
     "cone_naive_guide",
@@ -72,3 +79,50 @@ def conjugate_model(sample: Any, params: Any) -> None:
 def conjugate_guide(sample: Any, params: Any) -> None:
     """q(z) = N(m, s), params (m, s). The ELBO's gradient is (x - 2m, 1/s - 2s)."""
     sample("z", s.site(normal(params[0], params[1]), s.Reparam()))
+
+
+# Attend, infer, repeat in small: each of two slots holds a bright spot or none; its place is a normal on an 8 x 8 canvas.
+_SIDE, _SLOTS, _HIDDEN = 8, 2, 32
+
+
+def _canvas(present: jax.Array, where: jax.Array) -> jax.Array:
+    """The image [8, 8] of spots with presence [2] and place [2, 2], in units of two pixels from the middle."""
+    pixels = jnp.arange(_SIDE, dtype=where.dtype)
+    away = pixels - (_SIDE - 1) / 2 - 2 * where[..., None]  # [slot, axis, pixel]
+    spot = jnp.exp(-0.5 * away**2)
+    return jnp.einsum("s,si,sj->ij", present.astype(where.dtype), spot[:, 0], spot[:, 1])
+
+
+def air_model(sample: Any, params: Any, image: Any = None) -> None:
+    present = jnp.stack([jnp.asarray(sample(f"present {i}", flip(0.5))) for i in range(_SLOTS)])
+    where = jnp.stack([sample(f"where {i}", normal(jnp.zeros(2), 1.0)) for i in range(_SLOTS)])
+    sample("image", normal(_canvas(present, where), 0.3))
+
+
+def air_guide(present: Callable[[Any], s.Site]) -> Callable[..., None]:
+    """A guide that reads the image by a small network; `present` makes the presence sites, e.g. `flip_enum`."""
+
+    def guide(sample: Any, params: Any, image: jax.Array) -> None:
+        hidden = jnp.tanh(image.ravel() @ params["in"] + params["bias"])
+        slots = (hidden @ params["out"]).reshape(_SLOTS, 5)  # logit of presence, two means, two log standard deviations
+        for i, slot in enumerate(slots):
+            there = jnp.asarray(sample(f"present {i}", present(jax.nn.sigmoid(slot[0]))))
+            mean, scale = jnp.where(there, slot[1:3], 0.0), jnp.where(there, jnp.exp(slot[3:]), 1.0)
+            sample(f"where {i}", s.site(normal(mean, scale), s.Reparam()))  # the prior where there is nothing
+
+    return guide
+
+
+def air_start(key: Any) -> dict[str, jax.Array]:
+    """Small random weights."""
+    first, second = random.split(key)
+    return {
+        "in": random.normal(first, (_SIDE * _SIDE, _HIDDEN)) / _SIDE,
+        "bias": jnp.zeros(_HIDDEN),
+        "out": 0.1 * random.normal(second, (_HIDDEN, 5 * _SLOTS)),
+    }
+
+
+def air_images(key: Any, n: int) -> jax.Array:
+    """n images from the model."""
+    return jax.vmap(lambda key: simulate(air_model, key, None).choices["image"])(random.split(key, n))
