@@ -9,16 +9,18 @@ from locum.errors import MissingExtra
 if TYPE_CHECKING:
     from statsmodels.iolib.summary import Summary
 
-    from locum.infer.dsl_result import DSLResult
-
 __all__ = ["summary_of"]
 
 WIDTH = 78  # of all blocks, where names are short
 GAP = "  "
 
 
-def summary_of(result: "DSLResult", alpha: float) -> "Summary":
+def summary_of(result: Any, alpha: float) -> "Summary":
     """The table that a regression's readers know, as text, LaTeX, HTML or CSV; simpler ways' estimates stand below it.
+
+    Args:
+        result: a `DSLResult`, which imports this.
+        alpha: intervals cover with probability 1 - alpha.
 
     Raises:
         MissingExtra: without statsmodels, whose tables these are.
@@ -46,7 +48,7 @@ def summary_of(result: "DSLResult", alpha: float) -> "Summary":
     return out
 
 
-def _head(result: "DSLResult", figures: Any) -> list[list[str]]:
+def _head(result: Any, figures: Any) -> list[list[str]]:
     problem, worth = result.problem, figures["labels_worth"]
     left = {
         "Dep. Variable:": problem.outcome,
@@ -65,7 +67,7 @@ def _head(result: "DSLResult", figures: Any) -> list[list[str]]:
     return [[*a, f"{GAP}{b[0]}", b[1]] for a, b in zip(left.items(), right.items(), strict=True)]
 
 
-def _coefficients(result: "DSLResult", alpha: float) -> list[list[str]]:
+def _coefficients(result: Any, alpha: float) -> list[list[str]]:
     heads = ["", "coef", "std err", "z", "P>|z|", f"[{alpha / 2:g}", f"{1 - alpha / 2:g}]"]
     ends = result.conf_int(alpha)
     values = (result.params, result.bse, result.tvalues, result.pvalues, ends["lower"], ends["upper"])
@@ -76,7 +78,7 @@ def _coefficients(result: "DSLResult", alpha: float) -> list[list[str]]:
     return [heads, *rows]
 
 
-def _simpler(result: "DSLResult") -> list[list[str]]:
+def _simpler(result: Any) -> list[list[str]]:
     """A coefficient's estimates, and below each its standard error."""
     ways = result.fit.baselines
     block = [["", *ways]]
