@@ -399,3 +399,20 @@ def test_names_that_are_none(name, message, tmp_path):
     (tmp_path / "own.py").write_text(OWN)
     with pytest.raises(UserError, match=message):
         from_name(name.replace("FILE", str(tmp_path / "own.py")))
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("x = 1\nx / 0\n", r"the reward fails \(.*bad\.py, line 2\): ZeroDivisionError: division by zero$"),
+        ("import no_such_module\n", r"bad\.py, line 1\): ModuleNotFoundError: No module named 'no_such_module'$"),
+        ("def f(:\n", r"bad\.py, line 1\): SyntaxError: "),
+    ],
+)
+def test_a_file_that_fails_is_named_with_its_line(code, message, tmp_path, monkeypatch):
+    (tmp_path / "bad.py").write_text(code)
+    with pytest.raises(UserError, match=message):
+        from_name(f"{tmp_path}/bad.py:f")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match="the reward fails"):
+        from_name("bad:f")

@@ -11,15 +11,12 @@ compared and parsed, never executed.
 """
 
 import functools
-import importlib
 import importlib.util
 import json
 import math
 import re
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from locum.errors import MissingExtra, UserError, unknown
@@ -27,6 +24,7 @@ from locum.method import require
 from locum.reinforce.apart import grade
 from locum.reinforce.grader import final_answer, last_tag
 from locum.reinforce.twgrpo import SoftChoice
+from locum.user_code import load_code
 
 __all__ = ["ExactAnswer", "Format", "MathAnswer", "ReasoningGym", "Reward", "Weighted", "from_name", "gym"]
 
@@ -188,7 +186,7 @@ def from_name(text: str) -> Reward:
         return known[text]()
     if where == "reasoning-gym":
         return ReasoningGym(name)
-    module = _from_file(Path(where)) if where.endswith(".py") else _imported(where)
+    module = load_code(where, "the reward", "path/to/file.py:function")
     if not hasattr(module, name):
         own = [n for n, x in vars(module).items() if callable(x) and not n.startswith("_")]
         raise unknown(f"function of {where}", name, own)
@@ -239,27 +237,3 @@ def _entry(value: Any) -> Any:
 
 def _name(reward: Any) -> str:
     return getattr(reward, "__name__", type(reward).__name__)
-
-
-def _imported(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-            raise
-        raise UserError(
-            f"module {name!r} of the reward is not installed; name a file as path/to/file.py:function"
-        ) from None
-
-
-def _from_file(path: Path) -> Any:
-    if not path.is_file():
-        raise UserError(f"file {str(path)!r} of the reward does not exist")
-    name = f"reward_file_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look themselves up there
-    spec.loader.exec_module(module)
-    return module
