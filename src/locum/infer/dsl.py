@@ -257,8 +257,8 @@ class DSL(Estimator):
         from locum.infer.dsl_result import DSLResult
 
         began = time.perf_counter()
-        n = len(problem.at)
-        if n < 2 * self.folds:
+        n, fitted = len(problem.at), not isinstance(self.predictor, Identity)
+        if fitted and n < 2 * self.folds:
             raise UserError(
                 f"there are {n} gold labels: too few for {self.folds} folds, which need {2 * self.folds} or more"
             )
@@ -266,8 +266,12 @@ class DSL(Estimator):
             raise UserError(f"there are {n} gold labels: too few for {len(problem.names)} coefficients")
         for name, variable in problem.predicted.items():
             self.predictor.check(variable.kind, name, variable.surrogates)
+            if variable.stand_in is None and not fitted:
+                raise UserError(
+                    f"the learner identity takes a surrogate of {name} as it is, and that has not its values"
+                )
         groups = problem.clusters
-        if groups is not None and len(set(groups[problem.at])) < self.folds:
+        if fitted and groups is not None and len(set(groups[problem.at])) < self.folds:
             raise UserError(
                 f"the gold labels lie in {len(set(groups[problem.at]))} clusters: too few for {self.folds} folds"
             )

@@ -12,9 +12,10 @@ from locum.errors import UserError, unknown
 from locum.files import write_atomically
 from locum.infer.base import Check, Cost, Result
 from locum.infer.dsl import DSL, Estimates, Fit
+from locum.infer.equations import inverse
 from locum.infer.moments import Regression
 from locum.infer.problem import Problem
-from locum.infer.tables import complete, pd, read_table
+from locum.infer.tables import complete, have_columns, pd, read_table
 
 if TYPE_CHECKING:
     from statsmodels.iolib.summary import Summary
@@ -116,8 +117,7 @@ class DSLResult(Result):
             X, index = self.problem.rows(self.problem.zeros, slice(None))["X"], None
         else:
             table = read_table(data)
-            if absent := [c for c in self.problem.explanatory if c not in table]:
-                raise unknown("column", absent[0], map(str, table.columns))
+            have_columns(table, self.problem.explanatory)
             table, _ = complete(table, self.problem.explanatory)
             X, index = self.problem.matrix(table), table.index
         mean = moment.predict(theta, X)
@@ -186,9 +186,9 @@ class DSLResult(Result):
         As the difference is an estimate, it may fall below 0 for many labels; an error never falls faster than by sqrt(rho).
         """
         fit, N = self.fit, self.nobs
-        inverse = np.linalg.inv(fit.J)
-        now = np.einsum("sij,sjk,sik->si", inverse, fit.Omega, inverse)
-        moving = np.einsum("sij,sjk,sik->si", inverse, fit.Omega_1, inverse)
+        A = np.stack([inverse(J) for J in fit.J])
+        now = np.einsum("sij,sjk,sik->si", A, fit.Omega, A)
+        moving = np.einsum("sij,sjk,sik->si", A, fit.Omega_1, A)
         variances = np.maximum(now + moving * (1 / rho - 1), now / max(rho, 1.0))
         scale = self.fit.dsl.se / np.sqrt(np.median(now, axis=0) / N)  # what drawing folds anew adds
         return scale * np.sqrt(np.median(variances, axis=0) / N)
@@ -204,6 +204,7 @@ class DSLResult(Result):
         F = F[:, np.sort(np.unique(F.round(12), axis=1, return_index=True)[1])]
         F = F - F.mean(0)
         F = F[:, F.std(0) > 0]
+        F = F / F.std(0)
         excess = -np.ones(problem.size)
         excess[problem.at] += 1 / problem.prob[problem.at]
         difference = excess @ F / problem.size

@@ -21,6 +21,7 @@ __all__ = [
     "Solution",
     "collinear",
     "grouped_sums",
+    "inverse",
     "meat",
     "sandwich",
     "solve",
@@ -29,6 +30,7 @@ __all__ = [
 
 Array = np.ndarray
 STEPS, HALVINGS, CLOSE = 100, 40, 1e-10
+FLAT = 1e-6  # curvature, as a share of what it was, at which a root may lie at infinity
 ILL = 1e12  # condition of the scaled Jacobian from which on its inverse says nothing
 
 
@@ -101,14 +103,13 @@ def solve(moment: Moment, mixed: Mixed, names: Sequence[str] = ()) -> Solution:
 
     Raises:
         ConvergenceError: when 100 steps find no root, or coefficients grow without bound.
-        UserError: for a Jacobian that cannot be inverted.
+        UserError: for columns that depend on each other.
     """
     theta = moment.start(mixed.parts[0][0])
     scale = np.sqrt((mixed.scores(moment, theta) ** 2).mean(0)) + 1e-300  # the size of one row's moment
-    value = mixed.mean(moment, theta) / scale
+    value, first = mixed.mean(moment, theta) / scale, mixed.jacobian(moment, theta)
+    step = inverse(first, names) @ (value * scale)
     for _ in range(STEPS):
-        J = mixed.jacobian(moment, theta)
-        step = _inverse(J, names) @ (value * scale)
         share = 1.0
         for _ in range(HALVINGS):
             ahead = theta - share * step
@@ -121,12 +122,16 @@ def solve(moment: Moment, mixed: Mixed, names: Sequence[str] = ()) -> Solution:
         theta, value = ahead, there
         if _near(value):
             break
-    if not _near(value):
-        raise ConvergenceError(_no_root(moment, mixed, theta, names))
+        try:
+            step = inverse(mixed.jacobian(moment, theta), names) @ (value * scale)
+        except UserError:
+            break  # far out, where the curvature has vanished
+    near = _near(value)
+    far = _unbounded(moment, mixed, theta, scale, first, near, names)
+    if far is not None or not near:
+        raise ConvergenceError(_no_root(names, far, near))
+    theta = theta - inverse(mixed.jacobian(moment, theta), names) @ mixed.mean(moment, theta)  # to the last digits
     J = mixed.jacobian(moment, theta)
-    _inverse(J, names)
-    if separated := _unbounded(mixed, theta, J):
-        raise ConvergenceError(_separation(names, separated))
     return Solution(theta, mixed.scores(moment, theta), J, mixed.differences(moment, theta))
 
 
@@ -144,7 +149,7 @@ def solve_within(mixed: Mixed, groups: Sequence[Int[Array, " rows"]], names: Seq
     hX, hy = effects(X, w, groups), effects(y[:, None], w, groups)[:, 0]
     J = sum((D["X"] * v[:, None]).T @ D["X"] for D, v in mixed.parts) - X.T @ hX
     c = sum((D["X"] * v[:, None]).T @ D["y"] for D, v in mixed.parts) - X.T @ hy
-    theta = _inverse(J / mixed.rows, names) @ (c / mixed.rows)
+    theta = inverse(J / mixed.rows, names) @ (c / mixed.rows)
     f = hy - hX @ theta
     scores = -hX * (y - X @ theta - w * f)[:, None]
     differences = np.zeros((len(mixed.at), len(theta)))
@@ -194,8 +199,8 @@ def grouped_sums(values: Float[Array, "rows p"], groups: Int[Array, " rows"]) ->
 
 def sandwich(J: Float[Array, "p p"], Omega: Float[Array, "p p"], rows: int) -> Float[Array, "p p"]:
     """V = J^-1 Omega J^-T / N, arXiv 2306.04746; robust to heteroskedasticity (HC0)."""
-    inverse = np.linalg.inv(J)
-    return inverse @ Omega @ inverse.T / rows
+    A = inverse(J)
+    return A @ Omega @ A.T / rows
 
 
 def collinear(X: Float[Array, "rows columns"], names: Sequence[str]) -> list[str]:
@@ -211,28 +216,37 @@ def collinear(X: Float[Array, "rows columns"], names: Sequence[str]) -> list[str
     return [names[int(j)] for j in np.flatnonzero(null > 1e-3 * null.max())]
 
 
-def _near(value: Array) -> bool:
-    return bool(np.isfinite(value).all() and np.abs(value).max() < CLOSE)
-
-
-def _inverse(J: Array, names: Sequence[str]) -> Array:
-    """The inverse of a Jacobian, scaled on the way.
+def inverse(J: Float[Array, "p p"], names: Sequence[str] = ()) -> Float[Array, "p p"]:
+    """The inverse of a Jacobian, whatever the units of its rows and columns.
 
     Raises:
+        ConvergenceError: when it is not finite.
         UserError: when it is singular, naming the columns.
     """
-    d = np.sqrt(np.abs(np.diag(J))) + 1e-300
-    scaled = J / d[:, None] / d
-    if not np.isfinite(scaled).all():
+    if not np.isfinite(J).all():
         raise ConvergenceError("the estimating equation cannot be evaluated: its Jacobian is not finite")
+    left, right = np.ones(len(J)), np.ones(len(J))
+    for _ in range(10):  # until the largest number in each row and column is about 1
+        scaled = np.abs(J * left[:, None] * right)
+        high, wide = np.sqrt(scaled.max(1)), np.sqrt(scaled.max(0))
+        left, right = left / np.where(high > 0, high, 1), right / np.where(wide > 0, wide, 1)
+    scaled = J * left[:, None] * right
     _, s, rows = np.linalg.svd(scaled)
-    if s[-1] * ILL < s[0]:
-        null = np.abs(rows[-1])
-        which = [
-            str(names[j]) if j < len(names) else str(j) for j in map(int, np.flatnonzero(null > 1e-3 * null.max()))
-        ]
-        raise UserError(f"the coefficients of {', '.join(which)} cannot be told apart by these data: leave one out")
-    return np.linalg.inv(scaled) / d[:, None] / d
+    if s[-1] * ILL < s[0] or s[0] == 0:
+        which = _named(names, np.abs(rows[-1]), 1e-3)
+        raise UserError(f"the coefficients of {which} cannot be told apart by these data: leave one out")
+    return np.linalg.inv(scaled) * right[:, None] * left
+
+
+def _named(names: Sequence[str], size: Array, share: float) -> str:
+    """The names of the largest, down to a share of the largest of all."""
+    return ", ".join(
+        str(names[j]) if j < len(names) else str(j) for j in map(int, np.flatnonzero(size > share * size.max()))
+    )
+
+
+def _near(value: Array, close: float = CLOSE) -> bool:
+    return bool(np.isfinite(value).all() and np.abs(value).max() < close)
 
 
 def _tilde(mixed: Mixed, key: str | None) -> Array:
@@ -245,29 +259,44 @@ def _tilde(mixed: Mixed, key: str | None) -> Array:
     return out
 
 
-def _unbounded(mixed: Mixed, theta: Array, J: Array) -> list[int]:
-    """Coefficients at which the curvature has all but vanished: the root lies at infinity, and Newton's method went its way."""
-    X = mixed.parts[0][0].get("X")
-    if X is None or len(theta) % X.shape[1]:
-        return []
-    size = np.tile(np.sqrt((X**2).mean(0)), len(theta) // X.shape[1])
-    flat = np.abs(np.diag(J)) < 1e-7 * size**2
-    return [int(j) for j in np.flatnonzero(flat & (np.abs(theta) * size > 10))]
+def _unbounded(
+    moment: Moment, mixed: Mixed, theta: Array, scale: Array, first: Array, near: bool, names: Sequence[str]
+) -> Array | None:
+    """How much each coefficient has to do with it that the root lies at infinity, and Newton's method has gone its way.
+
+    Along some direction the curvature has vanished, against what it was at first. Where the outcome is separated there is a
+    root further out too: along theta itself if all rows are separated, else along that direction. Where there is none at all,
+    corrected outcomes have a mean that no coefficients can give.
+    """
+    J, X = mixed.jacobian(moment, theta), mixed.parts[0][0].get("X")
+    if X is None or X.ndim != 2 or len(theta) % X.shape[1] or not np.isfinite(J).all():
+        return None
+    values, vectors = np.linalg.eig(inverse(first, names) @ J)
+    if np.abs(values).min() > FLAT:
+        return None
+    flat = vectors[:, np.abs(values).argmin()].real
+    flat *= 5 / np.abs(X @ flat.reshape(-1, X.shape[1]).T).max()  # no linear predictor moves by more
+    spread = X.std(0) if X.shape[1] > 1 else np.ones(1)  # columns that vary are to blame, not the intercept
+    spread = np.tile(spread, len(theta) // X.shape[1])
+    for way in (theta / 2, flat, -flat):
+        if near and _near(mixed.mean(moment, theta + way) / scale, 1e-6):
+            return np.abs(way) * spread
+    return None if near else np.abs(flat) * spread
 
 
-def _separation(names: Sequence[str], at: Sequence[int]) -> str:
-    which = ", ".join(str(names[j]) if j < len(names) else str(j) for j in at)
+def _no_root(names: Sequence[str], far: Array | None, near: bool) -> str:
+    if far is None:
+        return (
+            f"the estimating equation has no root within {STEPS} steps: "
+            "too few gold labels for so many coefficients, or sampling probabilities that are too small"
+        )
+    which = _named(names, far, 0.1)
+    if near:
+        return (
+            f"the outcome is separated by {which}: the coefficients grow without bound; "
+            "leave the column out, merge its categories, or label more"
+        )
     return (
-        f"the outcome is separated by {which}: the coefficients grow without bound; "
-        "leave the column out, merge its categories, or label more"
-    )
-
-
-def _no_root(moment: Moment, mixed: Mixed, theta: Array, names: Sequence[str]) -> str:
-    J = mixed.jacobian(moment, theta)
-    if at := _unbounded(mixed, theta, J):
-        return _separation(names, at)
-    return (
-        f"the estimating equation has no root within {STEPS} steps: "
-        "too few gold labels for so many coefficients, or sampling probabilities that are too small"
+        f"the coefficients of {which} grow without bound: with so few gold labels there, corrected outcomes have a mean that "
+        "no coefficients can give; merge its categories, or label more"
     )

@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from locum.errors import UserError, unknown
+from locum.errors import UserError
 from locum.infer.base import Columns, Moment
+from locum.infer.equations import effects
 from locum.infer.learners import Kind
 from locum.infer.moments import Linear, Multinomial, Regression
 from locum.infer.problem import Predicted, Problem, check_columns, check_labels, kind_of, probabilities, some
-from locum.infer.tables import complete, features_of, formulaic, pd, plain, read_table, with_arrays
+from locum.infer.tables import complete, features_of, formulaic, have_columns, pd, plain, read_table, with_arrays
 
 __all__ = ["from_formula"]
 
@@ -52,20 +53,24 @@ def from_formula(
     every = [s for many in surrogates.values() for s in many]
     wanted = [*variables, *every, *features, *fixed_effects]
     wanted += [c for c in (None if estimated else prob, labelled, cluster) if isinstance(c, str)]
-    for name in wanted:
-        if name not in table.columns:
-            raise unknown("column", name, map(str, table.columns))
+    have_columns(table, wanted)
     table, notes = complete(table, [c for c in dict.fromkeys(wanted) if c not in surrogates])
     is_gold = _marked(table, list(surrogates), labelled)
     at = np.flatnonzero(is_gold)
-    blocks = features_of(table, dict.fromkeys([*every, *(v for v in variables if v not in surrogates), *features]))
-    outcome = str(parsed.lhs)
+    known = [v for v in variables if v not in surrogates]
+    blocks = features_of(table, dict.fromkeys([*every, *known, *features]), {*every, *features})
+    notes += [f"{v} has too many values to predict from" for v in known if v not in blocks]
+    outcome = _bare(str(parsed.lhs))
     found = {
         gold: _variable(table, gold, many, blocks, at, gold == outcome and isinstance(moment, Multinomial))
         for gold, many in surrogates.items()
     }
     design = _Design(table, parsed, moment, found, at, bool(fixed_effects))
     check_columns(design.gold["X"] if design.moves else design.X, design.names)
+    groups = tuple(_codes(table[g]) for g in fixed_effects)
+    if groups:
+        _check_within(design.X, groups, design.names, fixed_effects)
+    notes += [_strange(gold, many[0], found[gold], table) for gold, many in surrogates.items() if found[gold].levels]
     if estimated:
         notes.append("probabilities were estimated: the guarantee rests on the regression that did it")
     return Problem(
@@ -84,8 +89,8 @@ def from_formula(
         levels=design.levels,
         outcome_only=not design.moves,
         clusters=_codes(table[cluster]) if cluster else None,
-        effects=tuple(_codes(table[g]) for g in fixed_effects),
-        notes=tuple(notes),
+        effects=groups,
+        notes=tuple(filter(None, notes)),
         explanatory=tuple(sorted(map(str, parsed.rhs.required_variables))),
         matrix=design.matrix,
     )
@@ -108,7 +113,7 @@ class _Design:
         within: bool,
     ) -> None:
         self.table, self.parsed, self.found = table, parsed, found
-        self.outcome = str(parsed.lhs)
+        self.outcome = _bare(str(parsed.lhs))
         self.moves = bool(set(map(str, parsed.rhs.required_variables)) & set(found))
         filled = self._with({k: np.resize(v.labels, (len(table), *v.labels.shape[1:])) for k, v in found.items()})
         whole = self._evaluated(parsed.rhs, filled)
@@ -119,6 +124,9 @@ class _Design:
         if not self.names:
             raise UserError(f"the formula {self._text} has no column besides the fixed effects")
         self.X = np.asarray(whole, dtype=float)[:, self._kept]
+        if (bad := ~np.isfinite(self.X)).any():
+            which, rows = self.names[int(bad.any(0).argmax())], some(table.index[bad.any(1)])
+            raise UserError(f"the formula's column {which} must be finite, and is not in rows {rows}")
         self.levels: tuple[Any, ...] = ()
         self._seen: Array | None = None  # the outcome, where it is a column that is not predicted
         if isinstance(moment, Multinomial):
@@ -231,13 +239,22 @@ def _variable(
         stand_in = first.astype(float) if first.dtype.kind in "biuf" else None
         inputs = [*(blocks[s] for s in surrogates), *rest]
         return Predicted(kind, labels.astype(float), np.column_stack(inputs), len(surrogates), stand_in)
-    # Classes that no expert has named yet may still be said by a surrogate of the same kind.
-    alike = (first.dtype.kind in "biuf") == (labels.dtype.kind in "biuf")
-    seen = {*labels, *(first if alike and len(set(first)) <= max(20, 2 * len(set(labels))) else ())}
-    levels = tuple(sorted(seen, key=str))
-    own = _indicators(first, levels) if set(first) <= seen else None
+    levels = tuple(sorted(set(labels), key=str))
+    own = _indicators(first, levels) if set(first) <= set(levels) else None
     inputs = [*([blocks[surrogates[0]]] if own is None else [own]), *(blocks[s] for s in surrogates[1:]), *rest]
     return Predicted("classes", _indicators(labels, levels), np.column_stack(inputs), len(surrogates), own, levels)
+
+
+def _strange(gold: str, surrogate: str, found: Predicted, table: Any) -> str:
+    """What is to be said of a surrogate's classes that no gold label names."""
+    said = plain(table[surrogate])
+    alike = (said.dtype.kind in "biuf") == all(isinstance(level, float | int) for level in found.levels)
+    other = sorted(set(said) - set(found.levels), key=str) if alike and found.stand_in is None else []
+    return (
+        f"no gold label of {gold} is {some(other)}, as {surrogate} says: these are predicted from alone"
+        if other
+        else ""
+    )
 
 
 def _indicators(values: Array, levels: Sequence[Any]) -> Float[Array, "rows classes"]:
@@ -246,6 +263,21 @@ def _indicators(values: Array, levels: Sequence[Any]) -> Float[Array, "rows clas
 
 def _checked(moment: Moment, y: Array, name: str) -> Array:
     return moment.outcome(y, name) if isinstance(moment, Regression) else y
+
+
+def _bare(name: str) -> str:
+    """A column's name out of its quotes."""
+    return name[1:-1] if len(name) > 2 and name[0] == name[-1] == "`" and "`" not in name[1:-1] else name
+
+
+def _check_within(X: Array, groups: Sequence[Array], names: Sequence[str], called: Sequence[str]) -> None:
+    """Refuse columns that fixed effects leave nothing of, by name."""
+    rest = X - effects(X, np.ones(len(X)), groups)
+    if fixed := [n for n, r, x in zip(names, rest.T, X.T, strict=True) if np.abs(r).max() < 1e-7 * np.abs(x).max()]:
+        raise UserError(
+            f"{', '.join(fixed)} does not vary within {' and '.join(called)}: leave it out, or the fixed effects"
+        )
+    check_columns(rest, names)
 
 
 def _codes(column: Any) -> Int[Array, " rows"]:

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
-from locum.errors import UserError, unknown
+from locum.errors import UserError
 from locum.infer.problem import some
-from locum.infer.tables import pd, plain, read_table
+from locum.infer.tables import have_columns, pd, plain, read_table
 
 __all__ = ["by_unit", "draw_labels"]
 
@@ -54,9 +54,7 @@ def draw_labels(
         raise UserError("equal numbers are drawn of each of the strata: say which column they are")
     if not 0 < floor <= 1:
         raise UserError(f"floor must be in (0, 1], got {floor}")
-    for name in (strata, size):
-        if name is not None and name not in table:
-            raise unknown("column", name, map(str, table.columns))
+    have_columns(table, [name for name in (strata, size) if name is not None])
     for name in ("prob", "labelled"):
         if name in table:
             raise UserError(f"the table has a column {name} already: rename it")
@@ -95,9 +93,7 @@ def by_unit(
     """
     table = read_table(data)
     surrogates = [s for many in predicted.values() for s in ([many] if isinstance(many, str) else many)]
-    for name in [unit, *predicted, *surrogates, *keep, *([prob] if prob else [])]:
-        if name not in table:
-            raise unknown("column", name, map(str, table.columns))
+    have_columns(table, [unit, *predicted, *surrogates, *keep, *([prob] if prob else [])])
     for name in [*predicted, *surrogates]:
         if plain(table[name]).dtype.kind not in "biuf":
             raise UserError(f"the column {name} must hold numbers, so that a unit has a mean of them")

@@ -85,6 +85,10 @@ class Logistic(Regression):
         y = super().outcome(y, name)
         if (bad := y[(y != 0) & (y != 1)]).size:
             raise UserError(f"the outcome {name} must be 0 or 1 for a logistic regression, got {bad[0]:g}")
+        if y.min() == y.max():
+            raise UserError(
+                f"the outcome {name} is {y[0]:g} wherever it is known: a logistic regression needs both 0 and 1"
+            )
         return y
 
     def mean(self, eta: Array) -> Array:
@@ -105,6 +109,8 @@ class Poisson(Regression):
         y = super().outcome(y, name)
         if (bad := y[~(y >= 0)]).size:
             raise UserError(f"the outcome {name} must be >= 0 for a poisson regression, got {bad[0]:g}")
+        if not y.any():
+            raise UserError(f"the outcome {name} is 0 wherever it is known: a poisson regression needs more than that")
         return y
 
     def mean(self, eta: Array) -> Array:
@@ -113,6 +119,13 @@ class Poisson(Regression):
 
     def slope(self, eta: Array) -> Array:
         return self.mean(eta)
+
+    def start(self, D: Columns) -> Float[Array, " p"]:
+        X, mean = (
+            D["X"],
+            float(np.mean(D["y"])),
+        )  # the mean of all rows, as near as X comes: so units of y do not matter
+        return np.linalg.lstsq(X.T @ X, X.sum(0) * np.log(mean), rcond=None)[0] if mean > 0 else super().start(D)
 
 
 @dataclass(frozen=True)

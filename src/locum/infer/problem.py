@@ -199,6 +199,8 @@ def check_labels(
         raise UserError(
             f"rows {some(index[extra])} have a gold label in {name} and not in the other predicted variables"
         )
+    if not is_gold.any():
+        raise UserError(f"no row has a gold label in {name}")
     if lacks.any():
         raise UserError(f"rows {some(index[lacks])} were sampled for a gold label and have none in {name}")
     if extra.any():
@@ -227,13 +229,14 @@ def probabilities(
 ) -> Float[Array, " rows"]:
     """The probability of each row to be sampled, checked."""
     n, N = int(is_gold.sum()), len(is_gold)
-    if n == 0:
-        raise UserError("no row has a gold label")
     if prob is None:
         return np.full(N, n / N)
     if isinstance(prob, str):
         return _estimated(is_gold, features)
-    values = np.broadcast_to(np.asarray(prob), (N,))
+    given = np.asarray(prob)
+    if given.shape not in ((), (N,)):
+        raise UserError(f"{name} must be a number, or one for each of {N} rows, got {given.shape}")
+    values = np.broadcast_to(given, (N,))
     if values.dtype.kind not in "biuf":
         raise UserError(f"sampling probabilities must be numbers: {name} has {values[0]!r}")
     values = values.astype(float)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from locum.errors import MissingExtra, UserError
+from locum.errors import MissingExtra, UserError, unknown
 from locum.files import write_atomically
 from locum.infer.problem import some
 
@@ -117,6 +117,15 @@ def _cells(path: Path) -> Any:
     return read_table(path)
 
 
+def have_columns(table: Any, names: Iterable[str]) -> None:
+    """Refuse names that no column has, or more than one."""
+    for name in names:
+        if name not in table:
+            raise unknown("column", name, map(str, table.columns))
+        if (table.columns == name).sum() > 1:
+            raise UserError(f"the table has {(table.columns == name).sum()} columns named {name}: rename them")
+
+
 def with_arrays(table: Any, **given: Any) -> tuple[Any, list[Any]]:
     """The table with given arrays as columns of those names; what was given, arrays as the names of their columns.
 
@@ -156,20 +165,26 @@ def plain(column: Any) -> Array:
         return column.to_numpy() if isinstance(column.dtype, np.dtype) else column.to_numpy(float, na_value=np.nan)
     values = column.to_numpy(dtype=object)
     there = ~pd.isna(values)
-    if there.any() and all(isinstance(v, bool | np.bool_) for v in values[there]):  # booleans with gaps
+    told = column.dtype == object and there.any()  # a category is one, also where its name is a number
+    if told and all(isinstance(v, bool | int | float | np.number | np.bool_) for v in values[there]):  # with gaps
         numbers = np.full(len(values), np.nan)
         numbers[there] = values[there].astype(float)
         return numbers
     return values
 
 
-def features_of(table: Any, columns: Iterable[str]) -> dict[str, Array]:
-    """Columns as blocks of numbers [N, k]: what is no number becomes indicators of its values."""
+def features_of(table: Any, columns: Iterable[str], wanted: Iterable[str]) -> dict[str, Array]:
+    """Columns as blocks of numbers [N, k]: what is no number becomes indicators of its values.
+
+    What has too many values for that is left out, unless it was wanted by name: that is an error.
+    """
     out: dict[str, Array] = {}
     for name in columns:
         column = plain(table[name])
         if column.dtype.kind not in "biuf":
             levels = sorted(pd.unique(column), key=str)
+            if len(levels) > MOST_LEVELS and name not in wanted:
+                continue
             if len(levels) > MOST_LEVELS:
                 raise UserError(
                     f"the column {name} has {len(levels)} different values: too many for a feature (at most {MOST_LEVELS})"
