@@ -12,7 +12,7 @@ from jax.scipy.special import gammaln, logsumexp, xlogy
 from jax.typing import ArrayLike
 
 from locum.errors import UserError
-from locum.infer.distribution_base import Branch, Distribution, Key, check
+from locum.infer.distribution_base import Branch, Distribution, Key, Number, check
 
 __all__ = ["categorical", "flip", "integers", "poisson"]
 
@@ -23,11 +23,11 @@ _TINY = 1e-7  # how far the logarithm of a flip keeps from 0 and 1; its probabil
 class Flip(Distribution):
     """True with probability p."""
 
-    p: ArrayLike
+    p: Number
     name: ClassVar[str] = "flip"
     coupled: ClassVar[bool] = True
 
-    def __post_init__(self) -> None:
+    def refuse(self) -> None:
         check(self.name, "in [0, 1]", p=self.p)
 
     @property
@@ -60,10 +60,10 @@ class Flip(Distribution):
 class Categorical(Distribution):
     """0 .. K-1 by *logits* along the last axis (unnormalised log-probabilities, never probabilities)."""
 
-    logits: ArrayLike
+    logits: Number
     name: ClassVar[str] = "categorical"
 
-    def __post_init__(self) -> None:
+    def refuse(self) -> None:
         if not jnp.shape(self.logits):
             raise UserError(f"categorical: logits must be an array [..., values], got {self.logits!r}")
 
@@ -95,7 +95,7 @@ class Integers(Distribution):
     high: int
     name: ClassVar[str] = "integers"
 
-    def __post_init__(self) -> None:
+    def refuse(self) -> None:
         if not self.low < self.high:
             raise UserError(f"integers: high must be above low, got low {self.low} and high {self.high}")
 
@@ -118,11 +118,11 @@ class Integers(Distribution):
 class Poisson(Distribution):
     """Poisson, mean rate. Its draws need jax's default kind of key."""
 
-    rate: ArrayLike
+    rate: Number
     name: ClassVar[str] = "poisson"
     coupled: ClassVar[bool] = True
 
-    def __post_init__(self) -> None:
+    def refuse(self) -> None:
         check(self.name, "> 0", rate=self.rate)
 
     @property
@@ -133,8 +133,8 @@ class Poisson(Distribution):
         return random.poisson(key, jax.lax.stop_gradient(self.rate), self.shape)
 
     def log_prob(self, value: ArrayLike) -> jax.Array:
-        value = jnp.asarray(value)
-        log = xlogy(value, self.rate) - self.rate - gammaln(value + 1.0)
+        value = jnp.asarray(value, float)
+        log = xlogy(value, self.rate) - self.rate - gammaln(value + 1)
         return jnp.sum(jnp.where(value >= 0, log, -jnp.inf))
 
     def measure_valued(self, key: Key) -> tuple[jax.Array, list[Branch]]:

@@ -14,7 +14,7 @@ Python numbers out of range are refused at once; arrays are taken as they are, s
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from numbers import Real
 from typing import Any, ClassVar
 
@@ -25,9 +25,10 @@ from jax.typing import ArrayLike
 
 from locum.errors import UserError
 
-__all__ = ["Branch", "Distribution", "Key", "check", "floating", "known"]
+__all__ = ["Branch", "Distribution", "Key", "Number", "check", "floating", "known"]
 
 Key = Any  # a PRNG key of jax.random
+Number = ArrayLike | list | tuple  # a parameter
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,15 @@ class Distribution(ABC):
     implicit: ClassVar[bool] = False
     coupled: ClassVar[bool] = False  # whether it has `measure_valued`
     gaussian: ClassVar[bool] = False  # whether it has `shaped`
+
+    def __post_init__(self) -> None:
+        for f in fields(self):  # type: ignore[arg-type]  # every distribution is a dataclass
+            if isinstance(value := getattr(self, f.name), list | tuple):
+                object.__setattr__(self, f.name, (np if known(value) else jnp).asarray(value, float))
+        self.refuse()
+
+    def refuse(self) -> None:  # noqa: B027 - most have nothing to refuse
+        """Raise for parameters that are known to be out of range."""
 
     @abstractmethod
     def sample(self, key: Key) -> jax.Array:
@@ -101,7 +111,10 @@ class Distribution(ABC):
 
 
 def known(number: object) -> bool:
-    return isinstance(number, Real | np.ndarray | np.generic | list | tuple)
+    """Whether it is plain numbers, whose values can be looked at under jit too."""
+    if isinstance(number, list | tuple):
+        return all(known(each) for each in number)
+    return isinstance(number, Real | np.ndarray | np.generic)
 
 
 def check(name: str, ok: str, **numbers: Any) -> None:

@@ -9,13 +9,14 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import random
 from jax.scipy.special import gammaln, xlogy
 from jax.typing import ArrayLike
 
 from locum.errors import UserError
 from locum.infer.discrete import categorical, flip, integers, poisson
-from locum.infer.distribution_base import Branch, Distribution, Key, check, floating, known
+from locum.infer.distribution_base import Branch, Distribution, Key, Number, check, floating, known
 
 __all__ = [
     "Distribution",
@@ -42,11 +43,11 @@ _LOG_2PI = math.log(2 * math.pi)
 class _LocationScale(Distribution):
     """loc + scale * noise, where the noise has no parameter."""
 
-    loc: ArrayLike
-    scale: ArrayLike
+    loc: Number
+    scale: Number
     smooth: ClassVar[bool] = True
 
-    def __post_init__(self) -> None:
+    def refuse(self) -> None:
         check(self.name, "> 0", scale=self.scale)
 
     @property
@@ -129,10 +130,10 @@ class Laplace(_LocationScale):
 class StudentT(_LocationScale):
     """Student's t, shifted and scaled; its degrees of freedom get an implicit gradient."""
 
-    df: ArrayLike
+    df: Number
     name: ClassVar[str] = "student_t"
 
-    def __post_init__(self) -> None:
+    def refuse(self) -> None:
         check(self.name, "> 0", df=self.df, scale=self.scale)
 
     @property
@@ -170,11 +171,11 @@ class LogNormal(Normal):
 class MvNormal(_Gaussian):
     """Normal vector; `scale` is a vector of standard deviations or a lower triangular factor of the covariance."""
 
-    mean: ArrayLike
+    mean: Number
     scale: ArrayLike  # [d], or [d, d] lower triangular
     name: ClassVar[str] = "mv_normal"
 
-    def __post_init__(self) -> None:
+    def refuse(self) -> None:
         mean, scale = jnp.shape(self.mean), jnp.shape(self.scale)
         if len(mean) != 1 or scale not in (mean, mean * 2):
             raise UserError(
@@ -206,10 +207,14 @@ class MvNormal(_Gaussian):
 class Uniform(Distribution):
     """Uniform between two bounds."""
 
-    low: ArrayLike
-    high: ArrayLike
+    low: Number
+    high: Number
     name: ClassVar[str] = "uniform"
     smooth: ClassVar[bool] = True
+
+    def refuse(self) -> None:
+        if known(self.low) and known(self.high) and not np.all(np.asarray(self.low) < np.asarray(self.high)):
+            raise UserError(f"uniform: high must be above low, got low {self.low!r} and high {self.high!r}")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -229,13 +234,13 @@ class Uniform(Distribution):
 class Gamma(Distribution):
     """Gamma, mean concentration / rate."""
 
-    concentration: ArrayLike
-    rate: ArrayLike
+    concentration: Number
+    rate: Number
     name: ClassVar[str] = "gamma"
     smooth: ClassVar[bool] = True
     implicit: ClassVar[bool] = True
 
-    def __post_init__(self) -> None:
+    def refuse(self) -> None:
         check(self.name, "> 0", concentration=self.concentration, rate=self.rate)
 
     @property
@@ -257,11 +262,11 @@ class Gamma(Distribution):
 class Exponential(Distribution):
     """Exponential, mean 1 / rate."""
 
-    rate: ArrayLike
+    rate: Number
     name: ClassVar[str] = "exponential"
     smooth: ClassVar[bool] = True
 
-    def __post_init__(self) -> None:
+    def refuse(self) -> None:
         check(self.name, "> 0", rate=self.rate)
 
     @property
@@ -281,12 +286,12 @@ class Exponential(Distribution):
 class Dirichlet(Distribution):
     """Dirichlet over the last axis."""
 
-    concentration: ArrayLike
+    concentration: Number
     name: ClassVar[str] = "dirichlet"
     smooth: ClassVar[bool] = True
     implicit: ClassVar[bool] = True
 
-    def __post_init__(self) -> None:
+    def refuse(self) -> None:
         if not jnp.shape(self.concentration):
             raise UserError(f"dirichlet: concentration must be an array, got {self.concentration!r}")
         check(self.name, "> 0", concentration=self.concentration)
@@ -308,13 +313,13 @@ class Dirichlet(Distribution):
 class Beta(Distribution):
     """Beta, mean a / (a + b)."""
 
-    a: ArrayLike
-    b: ArrayLike
+    a: Number
+    b: Number
     name: ClassVar[str] = "beta"
     smooth: ClassVar[bool] = True
     implicit: ClassVar[bool] = True
 
-    def __post_init__(self) -> None:
+    def refuse(self) -> None:
         check(self.name, "> 0", a=self.a, b=self.b)
 
     @property
@@ -342,7 +347,7 @@ exponential = Exponential
 laplace = Laplace
 
 
-def student_t(df: ArrayLike, loc: ArrayLike = 0.0, scale: ArrayLike = 1.0) -> StudentT:
+def student_t(df: Number, loc: Number = 0.0, scale: Number = 1.0) -> StudentT:
     """Student's t, shifted and scaled."""
     return StudentT(loc, scale, df)
 
