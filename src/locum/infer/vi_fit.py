@@ -247,7 +247,7 @@ def _write(path: Path, state: _State, method: Any) -> None:
     ms = state.ms_per_step if np.isfinite(state.ms_per_step) else None
     about = state.about | {"method": to_dict(method), "steps": state.steps, "seconds": state.seconds, "ms_per_step": ms}
     write_atomically(
-        path, save({name: np.ascontiguousarray(x) for name, x in tensors.items()}, {"locum": json.dumps(about)})
+        path, save({name: np.asarray(x, order="C") for name, x in tensors.items()}, {"locum": json.dumps(about)})
     )
 
 
