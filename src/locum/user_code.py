@@ -46,10 +46,13 @@ def load_code(where: str, what: str, form: str = "path/to/file.py") -> ModuleTyp
 
 
 @contextlib.contextmanager
-def blamed(where: str, what: str) -> Iterator[None]:
+def blamed(where: str, what: str, calls: bool = False) -> Iterator[None]:
     """Errors of the user's own code, in one sentence with the line; --debug shows where they come from.
 
     Passed on as they are: errors of users, and that `where` itself is no module.
+
+    Args:
+        calls: our code runs here, and calls the user's: errors that do not come through that are our own.
     """
     try:
         yield
@@ -63,6 +66,8 @@ def blamed(where: str, what: str) -> Iterator[None]:
         else:
             stem = where if where.endswith(".py") else where.replace(".", "/") + ".py"
             own = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename.endswith(stem)]
+            if calls and not own:
+                raise
             line, said = (own[-1] if own else None), str(error)
         at = f"{where}, line {line}" if line is not None else where
         text = " ".join(said.split("\n\n")[0].split())

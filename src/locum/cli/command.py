@@ -17,7 +17,7 @@ from rich.table import Table
 
 from locum.errors import UserError
 
-__all__ = ["Command", "calm", "console", "emit", "quiet_stdout", "read", "table"]
+__all__ = ["Command", "calm", "console", "emit", "quiet_stdout", "read", "table", "told"]
 
 T = TypeVar("T")
 WIDTH = 100
@@ -102,3 +102,17 @@ def calm(family: str) -> None:
     """transformers tells much that no user of the command line needs; what a family tells is heard."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     logging.getLogger(family).setLevel(logging.INFO)
+
+
+@contextlib.contextmanager
+def told() -> Iterator[None]:
+    """Warnings that are for users, a line each on standard error; others are not heard."""
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        print(f"locum: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = show
+        yield
