@@ -280,10 +280,8 @@ class DSL(Estimator):
 
     def estimate(self, problem: Problem, jobs: int = 1, progress: bool = False) -> Fit:
         """The arithmetic of `run`: the algorithm of the paper, and what stands beside it."""
-        weights = self._weights(problem)
-        count = (
-            1 if isinstance(self.predictor, Identity) else self.splits
-        )  # nothing that is fitted, nothing that differs
+        weights = 1 / self.probabilities(problem)[problem.at]
+        count = 1 if isinstance(self.predictor, Identity) else self.splits  # where nothing is fitted nothing differs
         done = list(self._each(problem, range(count), weights, jobs, progress))
         others = {
             name: combined([d.alone for d in done])
@@ -301,11 +299,10 @@ class DSL(Estimator):
             0 if isinstance(self.predictor, Identity) else count * self.folds * len(problem.predicted),
         )
 
-    def _weights(self, problem: Problem) -> Float[Array, " gold"]:
-        prob = problem.prob[problem.at]
-        if self.normalize_prob:
-            prob = prob * (len(problem.at) / problem.size) / problem.prob.mean()
-        return 1 / prob
+    def probabilities(self, problem: Problem) -> Float[Array, " rows"]:
+        """Those of the problem, scaled where they are to be."""
+        scale = len(problem.at) / problem.prob.sum() if self.normalize_prob else 1.0
+        return problem.prob * scale
 
     def _each(self, problem: Problem, splits: range, weights: Array, jobs: int, progress: bool) -> Iterator["_Split"]:
         """Split after split, shown as they end."""
@@ -333,7 +330,7 @@ class DSL(Estimator):
         except ConvergenceError as error:
             raise ConvergenceError(f"split {split + 1} of {self.splits}: {error}") from None
         d = weights[:, None] * found.differences
-        alone = _try(problem, self.estimand, Mixed(hat, ones, None, problem.at, weights))
+        alone = _try(problem, self.estimand, lambda: Mixed(hat, ones, None, problem.at, weights))
         g = {name: values[problem.at] for name, values in g.items()}
         return _Split(
             _estimates(problem, found), meat(found.scores, problem.clusters), d.T @ d / problem.size, found.J, g, alone
@@ -403,17 +400,17 @@ def simpler(name: str, problem: Problem, moment: Moment, weights: Float[Array, "
         weights: 1 / pi of the gold rows.
     """
     at, none, ones = problem.at, np.zeros(problem.size), np.ones(problem.size)
+    stand_ins = {k: v.stand_in for k, v in problem.predicted.items() if v.stand_in is not None}
     if name == "gold only":
-        return _try(problem, moment, Mixed(None, none, problem.gold, at, weights))
-    if name == "surrogate only":
-        stand_ins = {k: v.stand_in for k, v in problem.predicted.items() if v.stand_in is not None}
-        if len(stand_ins) < len(problem.predicted):
-            return None
-        return _try(problem, moment, Mixed(problem.rows(stand_ins, slice(None)), ones, None, at, weights))
-    if not problem.outcome_only:
-        return None
-    ones[at] -= weights
-    return _try(problem, moment, Mixed(problem.rows(problem.zeros, slice(None)), ones, problem.gold, at, weights))
+        return _try(problem, moment, lambda: Mixed(None, none, problem.gold, at, weights))
+    if name == "surrogate only" and len(stand_ins) == len(problem.predicted):
+        return _try(problem, moment, lambda: Mixed(problem.rows(stand_ins, slice(None)), ones, None, at, weights))
+    if name == "weighting only" and problem.outcome_only:
+        ones[at] -= weights
+        return _try(
+            problem, moment, lambda: Mixed(problem.rows(problem.zeros, slice(None)), ones, problem.gold, at, weights)
+        )
+    return None
 
 
 def _solve(problem: Problem, moment: Moment, mixed: Mixed) -> Solution:
@@ -422,10 +419,10 @@ def _solve(problem: Problem, moment: Moment, mixed: Mixed) -> Solution:
     return solve(moment, mixed, problem.names)
 
 
-def _try(problem: Problem, moment: Moment, mixed: Mixed) -> Estimates:
+def _try(problem: Problem, moment: Moment, mixed: Callable[[], Mixed]) -> Estimates:
     """Estimates of a simpler way, which may fail without spoiling the rest."""
     try:
-        return _estimates(problem, _solve(problem, moment, mixed))
+        return _estimates(problem, _solve(problem, moment, mixed()))
     except UserError as error:
         nothing = np.full(len(problem.names), np.nan)
         return Estimates(nothing, np.full((len(nothing), len(nothing)), np.nan), str(error))

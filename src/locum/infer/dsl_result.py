@@ -14,7 +14,7 @@ from locum.infer.base import Check, Cost, Result
 from locum.infer.dsl import DSL, Estimates, Fit
 from locum.infer.equations import inverse
 from locum.infer.moments import Regression
-from locum.infer.problem import Problem
+from locum.infer.problem import Problem, design_test
 from locum.infer.tables import complete, have_columns, pd, read_table
 
 if TYPE_CHECKING:
@@ -111,10 +111,10 @@ class DSLResult(Result):
             raise UserError("only a regression that was given as a formula can predict")
         if self.problem.effects:
             raise UserError("with fixed effects means cannot be predicted: the effects are taken out, not estimated")
-        if data is None and not self.problem.outcome_only:
-            raise UserError("explanatory variables are predicted here: give a table that has them")
         if data is None:
-            X, index = self.problem.rows(self.problem.zeros, slice(None))["X"], None
+            if self.problem.X is None:
+                raise UserError("explanatory variables are predicted here: give a table that has them")
+            X, index = self.problem.X, None
         else:
             table = read_table(data)
             have_columns(table, self.problem.explanatory)
@@ -139,7 +139,7 @@ class DSLResult(Result):
         """
         n, N = self.ngold, self.nobs
         if labels is None:
-            labels = sorted({min(round(n * k), N) for k in (0.5, 1, 1.5, 2, 3, 4, 8)})
+            labels = sorted({min(round(n * k), N) for k in (0.5, 1, 1.5, 2, 3, 4, 8) if n * k >= 1})
         for count in labels:
             if not 0 < count <= N:
                 raise UserError(f"the number of gold labels must be from 1 to {N}, the number of rows, got {count}")
@@ -166,6 +166,8 @@ class DSLResult(Result):
             raise UserError("say which standard error is wanted, or which effect is to be found: one of the two")
         if not 0 < power < 1:
             raise UserError(f"power must be in (0, 1), got {power}")
+        if effect == 0:
+            raise UserError("the effect must not be 0: none is told from 0 by any number of labels")
         if effect is not None:
             se = abs(effect) / (stats.norm.isf(self.method.alpha / 2) + stats.norm.ppf(power))
         assert se is not None
@@ -200,18 +202,8 @@ class DSLResult(Result):
         differences, against their variance under independent draws. Labels that were taken where it was easy fail it, as a rule.
         """
         problem = self.problem
-        F = np.column_stack([v.features for v in problem.predicted.values()])
-        F = F[:, np.sort(np.unique(F.round(12), axis=1, return_index=True)[1])]
-        F = F - F.mean(0)
-        F = F[:, F.std(0) > 0]
-        F = F / F.std(0)
-        excess = -np.ones(problem.size)
-        excess[problem.at] += 1 / problem.prob[problem.at]
-        difference = excess @ F / problem.size
-        variance = (F * (1 / problem.prob - 1)[:, None]).T @ F / problem.size**2
-        rank = int(np.linalg.matrix_rank(variance, hermitian=True)) if F.shape[1] else 0
-        chi2 = float(difference @ np.linalg.pinv(variance, hermitian=True) @ difference) if rank else 0.0
-        p = float(stats.chi2.sf(chi2, rank)) if rank else 1.0
+        features = np.column_stack([v.features for v in problem.predicted.values()])
+        chi2, rank, p = design_test(features, self.method.probabilities(problem), problem.at)
         figures: dict[str, Any] = {"design_chi2": chi2, "design_df": rank, "design_p": p} | self._stand_in_figures()
         said = (
             f"the {self.ngold} gold rows look as their probabilities say (chi-square {chi2:.1f} on {rank}, p = {p:.2g})"
@@ -226,7 +218,7 @@ class DSLResult(Result):
     def _stand_in_figures(self) -> dict[str, Any]:
         """How much of gold labels' variation predictions and surrogates explain, and what a gold label gains by it."""
         out: dict[str, Any] = {}
-        w = 1 / self.problem.prob[self.problem.at]
+        w = 1 / self.method.probabilities(self.problem)[self.problem.at]
         for name, variable in self.problem.predicted.items():
             y = variable.labels
             centre = np.average(y, axis=0, weights=w)

@@ -106,7 +106,8 @@ def solve(moment: Moment, mixed: Mixed, names: Sequence[str] = ()) -> Solution:
         UserError: for columns that depend on each other.
     """
     theta = moment.start(mixed.parts[0][0])
-    scale = np.sqrt((mixed.scores(moment, theta) ** 2).mean(0)) + 1e-300  # the size of one row's moment
+    scale = np.sqrt((mixed.scores(moment, theta) ** 2).mean(0))  # the size of one row's moment
+    scale[scale == 0] = 1
     value, first = mixed.mean(moment, theta) / scale, mixed.jacobian(moment, theta)
     step = inverse(first, names) @ (value * scale)
     for _ in range(STEPS):

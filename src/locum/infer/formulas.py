@@ -87,12 +87,13 @@ def from_formula(
         names=tuple(f"{c}: {n}" for c in design.levels[1:] for n in design.names) or tuple(design.names),
         outcome=outcome,
         levels=design.levels,
-        outcome_only=not design.moves,
+        outcome_only=not design.moves and outcome in found,
         clusters=_codes(table[cluster]) if cluster else None,
         effects=groups,
         notes=tuple(filter(None, notes)),
         explanatory=tuple(sorted(map(str, parsed.rhs.required_variables))),
         matrix=design.matrix,
+        X=None if design.moves else design.X,
     )
 
 
@@ -164,8 +165,11 @@ class _Design:
                 warnings.simplefilter("error")  # levels that were not there before
                 return side.get_model_matrix(frame, context={}, output="numpy", na_action="raise")
         except Exception as error:  # whatever a user's expression raises
-            said = " ".join(str(error).split())
-            raise UserError(f"the formula {self._text} cannot be evaluated: {said}") from None
+            said = " ".join(str(error).split()).rstrip(".")
+            hint = ""
+            if inside := sorted(set(self.found) & set(map(str, side.required_variables)) - {_bare(str(side))}):
+                hint = f"; {', '.join(inside)} must take predictions, any number: transform the column and its surrogate first"
+            raise UserError(f"the formula {self._text} cannot be evaluated: {said}{hint}") from None
 
     def _with(self, values: Mapping[str, Array], at: Any = slice(None)) -> Any:
         """Rows of the table with these values of the predicted variables: of classes, the likeliest."""

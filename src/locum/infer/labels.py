@@ -94,9 +94,9 @@ def by_unit(
     table = read_table(data)
     surrogates = [s for many in predicted.values() for s in ([many] if isinstance(many, str) else many)]
     have_columns(table, [unit, *predicted, *surrogates, *keep, *([prob] if prob else [])])
-    for name in [*predicted, *surrogates]:
+    for name in [*predicted, *surrogates, *([prob] if prob else [])]:
         if plain(table[name]).dtype.kind not in "biuf":
-            raise UserError(f"the column {name} must hold numbers, so that a unit has a mean of them")
+            raise UserError(f"the column {name} must hold numbers, for each unit gets one number of its rows")
     chance = (
         plain(table[prob]).astype(float) if prob else np.full(len(table), table[next(iter(predicted))].notna().mean())
     )
@@ -108,7 +108,7 @@ def by_unit(
     for name in keep:
         if (varies := groups[name].nunique(dropna=False) > 1).any():
             raise UserError(
-                f"the column {name} must be the same in all rows of a {unit}: it is not in {some(varies.index[varies])}"
+                f"the column {name} must be the same in all rows of one {unit}: it is not in {some(varies.index[varies])}"
             )
     out = groups[[*predicted, *surrogates]].mean().join(groups[list(keep)].first())
     none = table.assign(_log=np.log1p(-np.minimum(chance, 1 - 1e-16))).groupby(unit, sort=False)["_log"].sum()
@@ -141,21 +141,25 @@ def _sizes(table: Any, column: str) -> Float[Array, " rows"]:
     if sizes.dtype.kind not in "biuf":
         raise UserError(f"the column {column} must hold numbers > 0, got {sizes[0]!r}")
     sizes = sizes.astype(float)
-    if (bad := ~((sizes >= 0) & np.isfinite(sizes))).any() or not sizes.any():
-        raise UserError(f"the column {column} must hold numbers >= 0, not all 0: rows {some(table.index[bad])}")
+    if (bad := ~((sizes >= 0) & np.isfinite(sizes))).any():
+        raise UserError(f"the column {column} must hold numbers >= 0, and does not in rows {some(table.index[bad])}")
+    if not sizes.any():
+        raise UserError(f"the column {column} must not be 0 in all rows")
     return sizes
 
 
 def _in_proportion(sizes: Float[Array, " rows"], count: int, floor: float) -> Float[Array, " rows"]:
     """Probabilities in proportion to sizes, none above 1 or below the floor, that add up to count."""
     least = floor * count / len(sizes)
-    low, high = 0.0, len(sizes) / sizes[sizes > 0].min()
+    sizes = np.maximum(sizes / sizes.max(), 1e-9)  # those of 0 come last, but come where all others are not enough
+    low, high = 0.0, 2 / sizes.min()
     for _ in range(200):  # the sum grows with the factor
         factor = (low + high) / 2
         low, high = (factor, high) if np.clip(factor * sizes, least, 1).sum() < count else (low, factor)
     prob = np.clip(high * sizes, least, 1)
     free = (prob > least) & (prob < 1)
-    prob[free] *= (count - prob[~free].sum()) / prob[free].sum() if free.any() else 1
+    if free.any():
+        prob[free] = np.minimum(prob[free] * (count - prob[~free].sum()) / prob[free].sum(), 1)
     return prob
 
 

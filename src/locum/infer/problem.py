@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
+from scipy import stats
 
 from locum.errors import UserError
 from locum.infer.base import Columns, Moment
@@ -20,6 +21,7 @@ __all__ = [
     "Rows",
     "check_columns",
     "check_labels",
+    "design_test",
     "from_arrays",
     "kind_of",
     "probabilities",
@@ -63,11 +65,11 @@ class Problem:
         prob: probability of being a gold row [N].
         names: of the coefficients [p].
         outcome: the outcome's name. levels: its classes.
-        outcome_only: whether nothing but the outcome is predicted.
+        outcome_only: whether nothing but the outcome is predicted, and that as it is, not some function of it.
         clusters, effects: codes [N] of clusters, and of each kind of fixed effect.
         notes: what was done to the data.
         explanatory: the columns of a table that X is made of.
-        matrix: ``matrix(table)``: X of other rows, for predictions.
+        matrix: ``matrix(table)``: X of other rows, for predictions. X: of these, where nothing in it is predicted.
     """
 
     rows: Rows
@@ -83,6 +85,7 @@ class Problem:
     notes: tuple[str, ...] = ()
     explanatory: tuple[str, ...] = ()
     matrix: Callable[[Any], Array] | None = field(default=None, repr=False)
+    X: Float[Array, "rows columns"] | None = field(default=None, repr=False)
 
     @property
     def size(self) -> int:
@@ -254,6 +257,26 @@ def probabilities(
             stacklevel=4,
         )
     return values
+
+
+def design_test(
+    features: Float[Array, "rows f"], prob: Float[Array, " rows"], at: Int[Array, " gold"]
+) -> tuple[float, int, float]:
+    """Whether the rows `at` look drawn with these probabilities: chi-square, its degrees of freedom, and p.
+
+    Weighted by R / pi they must have the features' means over all rows; differences have a variance under independent draws.
+    """
+    F = features[:, np.sort(np.unique(features.round(12), axis=1, return_index=True)[1])]
+    F = F - F.mean(0)
+    F = F[:, F.std(0) > 0]
+    F = F / F.std(0)
+    excess = -np.ones(len(prob))
+    excess[at] += 1 / prob[at]
+    difference, variance = excess @ F, (F * np.maximum(1 / prob - 1, 0)[:, None]).T @ F
+    values, vectors = np.linalg.eigh(variance)
+    told = values > 1e-10 * values.max(initial=0)  # other directions repeat these
+    chi2, rank = float(((difference @ vectors)[told] ** 2 / values[told]).sum()), int(told.sum())
+    return chi2, rank, float(stats.chi2.sf(chi2, rank)) if rank else 1.0
 
 
 def _estimated(is_gold: Array, features: Array) -> Array:
