@@ -116,8 +116,7 @@ class Show(Command):
         if fields:
             grid = table("parameter", "type", "default", "")
             for f in fields:
-                default = "" if f["default"] is None else str(f["default"])
-                grid.add_row(*map(Text, (f["name"], f["type"], default, f["help"])))
+                grid.add_row(*map(Text, (f["name"], f["type"], _default(f["default"]), f["help"])))
             out.print("\n[bold]Parameters[/bold]")
             out.print(Padding(grid, (0, 0, 0, 2)))
         if paper.example:
@@ -150,6 +149,16 @@ class Show(Command):
         out.print(_pipeline(recipe))
         out.print(f"\nAs YAML, for locum reinforce --recipe FILE.yaml:\n\n{to_yaml(recipe)}", markup=False)
         return 0
+
+
+def _default(value: Any) -> str:
+    """A default in words; a method that is one as it is called."""
+    if isinstance(value, dict) and "method" in value:
+        fields = ", ".join(f"{k}={v}" for k, v in value.items() if k != "method")
+        return f"{value['method'].rpartition('.')[2]}({fields})"
+    if isinstance(value, list) and any(isinstance(v, dict) for v in value):
+        return ", ".join(map(_default, value))
+    return "" if value is None else str(value)
 
 
 def _main_class(paper: Paper) -> type:
