@@ -31,7 +31,7 @@ class Simulation:
         design: "equal" draws `gold` documents; "unequal" each by itself, with probability .1, and .3 where x2 is 1.
         surrogate: "differential": errors depend on x2 and on the true label; "coin": nothing to do with it; a number: errors fall
             anywhere, and this share of the labels is right.
-        accuracy: of the differential surrogate: the share that is right; .892 when left out.
+        accuracy: of the differential surrogate: the share that is right; .89 when left out.
         beta: the intercept, and the coefficients of x1 and x2.
     """
 
