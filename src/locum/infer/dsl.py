@@ -64,7 +64,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Int
 
 from locum.errors import UserError, unknown
 from locum.infer.base import Columns, Estimator, Moment
@@ -214,11 +214,11 @@ class DSL(Estimator):
     def fit_arrays(
         self,
         D: Columns,
-        predicted: Mapping[str, Float[Array, "rows ..."]],
-        prob: float | Float[Array, " rows"] | None = None,
-        labelled: Bool[Array, " rows"] | None = None,
-        features: Float[Array, "rows f"] | None = None,
-        clusters: Shaped[Array, " rows"] | None = None,
+        predicted: Mapping[str, Any],
+        prob: Any = None,
+        labelled: Any = None,
+        features: Any = None,
+        clusters: Any = None,
         design: Callable[[Columns], Columns] | None = None,
         names: Sequence[str] = (),
         jobs: int = 1,
@@ -231,9 +231,9 @@ class DSL(Estimator):
                 all nan) in rows without one.
             predicted: name in D -> its surrogates [N] or [N, k]; the first is the one that stands in.
             prob, jobs, progress: as in `fit`.
-            labelled: which rows were drawn; when left out, where gold labels are.
-            features: further columns to predict from; "X" is not one unless you put it here.
-            clusters: a label of each row's cluster.
+            labelled: which rows were drawn [N]; when left out, where gold labels are.
+            features: further columns [N, f] to predict from; "X" is not one unless you put it here.
+            clusters: a label of each row's cluster [N].
             design: makes what the moment reads of D, where it is not D: for instance an X whose columns are predicted.
             names: of the coefficients.
         """
@@ -384,11 +384,13 @@ def combined(splits: Sequence[Estimates]) -> Estimates:
     theta = np.median([s.theta for s in splits], axis=0)
     V = np.median([s.V + np.outer(s.theta - theta, s.theta - theta) for s in splits], axis=0)
     V = (V + V.T) / 2
-    values, vectors = np.linalg.eigh(V)
-    if values[0] < 0:
+    errors = np.sqrt(np.diag(V))
+    units = np.outer(errors, errors) + 1e-300  # as correlations, so that no unit is too small to see
+    values, vectors = np.linalg.eigh(V / units)
+    if values[0] < -1e-12:
         near = (vectors * np.maximum(values, 0)) @ vectors.T
-        scale = np.sqrt(np.diag(V) / np.diag(near))  # the standard errors stay
-        V = near * scale[:, None] * scale
+        scale = np.sqrt(np.diag(near))
+        V = near / np.outer(scale, scale) * units  # the standard errors stay
     return Estimates(theta, V)
 
 

@@ -1,5 +1,6 @@
 """From a table and a formula to the arrays of an estimating equation, with every mistake named before any work is done."""
 
+import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,8 +13,27 @@ from locum.infer.base import Columns, Moment
 from locum.infer.equations import effects
 from locum.infer.learners import Kind
 from locum.infer.moments import Linear, Multinomial, Regression
-from locum.infer.problem import Predicted, Problem, check_columns, check_labels, kind_of, probabilities, some
-from locum.infer.tables import complete, features_of, formulaic, have_columns, pd, plain, read_table, with_arrays
+from locum.infer.problem import (
+    Predicted,
+    Problem,
+    check_columns,
+    check_finite,
+    check_labels,
+    kind_of,
+    probabilities,
+    some,
+)
+from locum.infer.tables import (
+    MOST_LEVELS,
+    complete,
+    features_of,
+    formulaic,
+    have_columns,
+    pd,
+    plain,
+    read_table,
+    with_arrays,
+)
 
 __all__ = ["from_formula"]
 
@@ -81,7 +101,7 @@ def from_formula(
             plain(table[prob]) if isinstance(prob, str) and not estimated else prob,
             is_gold,
             np.column_stack(list(blocks.values())),
-            str(prob),
+            prob if isinstance(prob, str) else "prob",
             table.index,
         ),
         names=tuple(f"{c}: {n}" for c in design.levels[1:] for n in design.names) or tuple(design.names),
@@ -165,7 +185,7 @@ class _Design:
                 warnings.simplefilter("error")  # levels that were not there before
                 return side.get_model_matrix(frame, context={}, output="numpy", na_action="raise")
         except Exception as error:  # whatever a user's expression raises
-            said = " ".join(str(error).split()).rstrip(".")
+            said = textwrap.shorten(str(error), 160).rstrip(".")
             hint = ""
             if inside := sorted(set(self.found) & set(map(str, side.required_variables)) - {_bare(str(side))}):
                 hint = f"; {', '.join(inside)} must take predictions, any number: transform the column and its surrogate first"
@@ -240,10 +260,13 @@ def _variable(
     kind: Kind = "classes" if as_classes else kind_of(labels)
     rest = [block for name, block in blocks.items() if name not in surrogates]
     if kind != "classes":
+        check_finite(labels.astype(float), gold, table.index[at])
         stand_in = first.astype(float) if first.dtype.kind in "biuf" else None
         inputs = [*(blocks[s] for s in surrogates), *rest]
         return Predicted(kind, labels.astype(float), np.column_stack(inputs), len(surrogates), stand_in)
     levels = tuple(sorted(set(labels), key=str))
+    if len(levels) > MOST_LEVELS:
+        raise UserError(f"{gold} has {len(levels)} different values: too many for classes (at most {MOST_LEVELS})")
     own = _indicators(first, levels) if set(first) <= set(levels) else None
     inputs = [*([blocks[surrogates[0]]] if own is None else [own]), *(blocks[s] for s in surrogates[1:]), *rest]
     return Predicted("classes", _indicators(labels, levels), np.column_stack(inputs), len(surrogates), own, levels)

@@ -20,6 +20,7 @@ __all__ = [
     "Problem",
     "Rows",
     "check_columns",
+    "check_finite",
     "check_labels",
     "design_test",
     "from_arrays",
@@ -116,11 +117,11 @@ def some(values: Iterable[Any]) -> str:
 def from_arrays(
     moment: Moment,
     D: Columns,
-    predicted: Mapping[str, Array],
+    predicted: Mapping[str, Any],
     prob: Any,
-    labelled: Bool[Array, " rows"] | None,
-    features: Float[Array, "rows f"] | None,
-    clusters: Shaped[Array, " rows"] | None,
+    labelled: Any,
+    features: Any,
+    clusters: Any,
     design: Callable[[Columns], Columns],
     names: Sequence[str],
 ) -> Problem:
@@ -130,32 +131,34 @@ def from_arrays(
         UserError: for arrays of unlike length, values that are missing, labels or probabilities that cannot be.
     """
     D = {name: np.asarray(values) for name, values in D.items()}
-    Q = {name: np.asarray(values, dtype=float) for name, values in predicted.items()}
-    N = len(next(iter(D.values()), ()))
-    given = [*D.items(), *((f"surrogate of {k}", v) for k, v in Q.items())]
-    given += [(k, np.asarray(v)) for k, v in (("features", features), ("clusters", clusters)) if v is not None]
-    for name, values in given:
-        if values.ndim == 0 or len(values) != N:
-            raise UserError(f"{name} must have {N} rows, as {next(iter(D))} has, got {values.shape}")
-        missing = (
-            np.isnan(values).reshape(N, -1).any(1) if values.dtype.kind == "f" and name not in Q else np.zeros(N, bool)
-        )
-        if missing.any():
-            raise UserError(f"{name} must not be missing: it is in rows {some(np.flatnonzero(missing))}")
+    Q = {name: np.asarray(values) for name, values in predicted.items()}
     if absent := [name for name in Q if name not in D]:
         raise UserError(f"{', '.join(absent)} is predicted, and there is no such array among {', '.join(D)}")
     if not Q:
         raise UserError("nothing is predicted: say which array holds gold labels and what its surrogates are")
-    has = {name: ~np.isnan(D[name].astype(float)).reshape(N, -1).any(1) for name in Q}
-    is_gold = np.logical_and.reduce(list(has.values())) if labelled is None else np.asarray(labelled, dtype=bool)
+    N, first = len(next(iter(D.values()))), next(iter(D))
+    given = {"labelled": labelled, "features": features, "clusters": clusters}
+    given = {k: np.asarray(v) for k, v in given.items() if v is not None}
+    for name, values in [*D.items(), *((f"the surrogate of {k}", v) for k, v in Q.items()), *given.items()]:
+        if values.ndim == 0 or len(values) != N:
+            raise UserError(f"{name} must have {N} rows, as {first} has, got {values.shape}")
+        if values.dtype.kind == "f" and name not in Q and np.isnan(values).any():
+            gaps = np.flatnonzero(np.isnan(values).reshape(N, -1).any(1))
+            raise UserError(f"{name} must not be missing: it is in rows {some(gaps)}")
+    for name in Q:
+        Q[name], D[name] = _numbers(Q[name], f"the surrogate of {name}"), _numbers(D[name], name)
+    has = {name: ~np.isnan(D[name]).reshape(N, -1).any(1) for name in Q}
+    all_there: Array = np.logical_and.reduce(list(has.values()))
+    is_gold = all_there if labelled is None else given["labelled"].astype(bool)
     for name, there in has.items():
         check_labels(there, is_gold, name, labelled is None, np.arange(N))
     at = np.flatnonzero(is_gold)
-    extra = [] if features is None else [np.asarray(features, dtype=float).reshape(N, -1)]
+    extra = [] if features is None else [_numbers(given["features"], "features").reshape(N, -1)]
     blocks = {k: v.reshape(N, -1) for k, v in Q.items()}
     variables = {}
     for name, own in blocks.items():
-        labels = D[name][at].astype(float)
+        labels = D[name][at]
+        check_finite(labels, name, at)
         inputs = np.column_stack([own, *(b for k, b in blocks.items() if k != name), *extra])
         if not np.isfinite(inputs).all():
             bad = some(np.flatnonzero(~np.isfinite(inputs).all(1)))
@@ -177,7 +180,9 @@ def from_arrays(
     if len(names) != p:
         raise UserError(f"there must be a name for each of {p} coefficients, got {len(names)}")
     if isinstance(moment, Regression):
-        check_columns(gold["X"], names)
+        zeros = {k: np.zeros((N, *v.labels.shape[1:])) for k, v in variables.items()}
+        known = rows(zeros, slice(None)) if set(Q) == {"y"} else gold
+        check_columns(known["X"], names[: known["X"].shape[1]])
     return Problem(
         rows=rows,
         predicted=variables,
@@ -185,7 +190,7 @@ def from_arrays(
         prob=probabilities(prob, is_gold, np.column_stack([*blocks.values(), *extra])),
         names=names,
         outcome_only=set(Q) == {"y"},
-        clusters=None if clusters is None else np.unique(clusters, return_inverse=True)[1].astype(np.int64),
+        clusters=np.unique(given["clusters"], return_inverse=True)[1].astype(np.int64) if "clusters" in given else None,
     )
 
 
@@ -213,6 +218,19 @@ def check_labels(
         )
 
 
+def check_finite(labels: Float[Array, "gold *classes"], name: str, index: Any) -> None:
+    """Refuse gold labels that are infinite."""
+    if (bad := ~np.isfinite(labels).reshape(len(labels), -1).all(1)).any():
+        raise UserError(f"gold labels of {name} must be finite, and are not in rows {some(index[bad])}")
+
+
+def _numbers(values: Array, name: str) -> Array:
+    try:
+        return values.astype(float)
+    except (TypeError, ValueError):
+        raise UserError(f"{name} must hold numbers, as all arrays do: tables may hold text") from None
+
+
 def kind_of(gold: Shaped[Array, " gold"]) -> Kind:
     """What gold labels are."""
     if gold.dtype.kind not in "biuf":
@@ -223,8 +241,9 @@ def kind_of(gold: Shaped[Array, " gold"]) -> Kind:
 def check_columns(X: Float[Array, "rows columns"], names: Sequence[str]) -> None:
     """Refuse columns that depend on each other, by name."""
     if bad := collinear(X, names):
-        said = "is 0 in every row" if len(bad) == 1 else "depend linearly on each other"
-        raise UserError(f"{'the column' if len(bad) == 1 else 'the columns'} {', '.join(bad)} {said}: leave one out")
+        if len(bad) == 1:
+            raise UserError(f"the column {bad[0]} is 0 in every row that is known: leave it out")
+        raise UserError(f"the columns {', '.join(bad)} depend linearly on each other: leave one out")
 
 
 def probabilities(

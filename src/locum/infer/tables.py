@@ -19,10 +19,20 @@ try:
 except ImportError:
     raise MissingExtra("locum.infer.DSL", "infer") from None
 
-__all__ = ["complete", "features_of", "formulaic", "pd", "plain", "read_table", "with_arrays", "write_with"]
+__all__ = [
+    "MOST_LEVELS",
+    "complete",
+    "features_of",
+    "formulaic",
+    "pd",
+    "plain",
+    "read_table",
+    "with_arrays",
+    "write_with",
+]
 
 Array = np.ndarray
-MOST_LEVELS = 50  # values of a feature that is no number
+MOST_LEVELS = 50  # values of what is no number
 SEPARATOR = {".csv": ",", ".tsv": "\t"}
 FORMATS = (*SEPARATOR, ".parquet", ".jsonl")
 
