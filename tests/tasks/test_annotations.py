@@ -32,7 +32,16 @@ def test_differential_errors(x2, truth, rate):
     within((c["q"] == c["truth"]).mean(), 0.89, MANY / 4)
 
 
-@pytest.mark.parametrize(("surrogate", "accuracy"), [("coin", 0.5), (0.8, 0.8), (1, 1.0), (0.0, 0.0)])
+@pytest.mark.parametrize("accuracy", [0.7, 0.8, 0.95])
+def test_differential_errors_of_any_number(accuracy):
+    c = Simulation(n=MANY, accuracy=accuracy).draw(1)
+    wrong = c["q"] != c["truth"]
+    within(1 - wrong.mean(), accuracy, MANY)
+    rates = [wrong[(c["x2"] == x2) & (c["truth"] == truth)].mean() for x2, truth in ((1, 1), (0, 0))]
+    assert rates[0] / rates[1] == pytest.approx(0.20 / 0.16, rel=0.1)
+
+
+@pytest.mark.parametrize(("surrogate", "accuracy"), [("coin", 0.5), (0.8, 0.8), (1, 1.0)])
 def test_errors_that_are_the_same_for_all(surrogate, accuracy):
     c = Simulation(n=MANY, surrogate=surrogate).draw(2)
     for here in (c["truth"] == 0, c["truth"] == 1, c["x2"] == 1):
@@ -45,7 +54,7 @@ def test_designs():
     assert drawn.sum() == 300
     assert set(c["prob"]) == {0.15}
     assert (c["y"][drawn] == c["truth"][drawn]).all()
-    c = Simulation(n=MANY, gold=MANY // 5, design="unequal").draw(3)
+    c = Simulation(n=MANY, design="unequal").draw(3)
     drawn = ~np.isnan(c["y"])
     assert sorted(set(c["prob"])) == pytest.approx([0.1, 0.3])
     for x2, prob in ((0, 0.1), (1, 0.3)):
@@ -64,12 +73,14 @@ def test_a_seed_is_a_draw():
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"n": 1}, "Simulation.n must be >= 2, got 1"),
-        ({"gold": 0}, "Simulation.gold must be from 1 to 2000, got 0"),
-        ({"gold": 1500, "design": "unequal"}, "Simulation.gold must be from 1 to 1333, got 1500"),
+        ({"n": 0}, "Simulation.n must be >= 1, got 0"),
+        ({"gold": 0}, "Simulation.gold must be from 1 to 2000, the number of documents, got 0"),
+        ({"gold": 2001}, "Simulation.gold must be from 1 to 2000"),
         ({"design": "half"}, "Simulation.design must be equal or unequal, got 'half'"),
-        ({"surrogate": "good"}, "Simulation.surrogate must be differential, coin, or an accuracy"),
-        ({"surrogate": 1.5}, "Simulation.surrogate must be differential, coin, or an accuracy"),
+        ({"surrogate": "good"}, "Simulation.surrogate must be differential, coin, or a share"),
+        ({"surrogate": 1.5}, "Simulation.surrogate must be differential, coin, or a share"),
+        ({"accuracy": 0.4}, r"Simulation.accuracy must be in \(0.5, 1\]"),
+        ({"accuracy": 0.8, "surrogate": "coin"}, "Simulation.accuracy must be .* for the differential surrogate alone"),
         ({"beta": (1.0, 2.0, float("nan"))}, "Simulation.beta must be three finite numbers"),
     ],
 )

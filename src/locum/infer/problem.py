@@ -147,9 +147,8 @@ def from_arrays(
             raise UserError(f"{name} must not be missing: it is in rows {some(gaps)}")
     for name in Q:
         Q[name], D[name] = _numbers(Q[name], f"the surrogate of {name}"), _numbers(D[name], name)
-    has = {name: ~np.isnan(D[name]).reshape(N, -1).any(1) for name in Q}
-    everywhere = np.stack(list(has.values())).all(0)
-    is_gold = everywhere if labelled is None else given["labelled"].astype(bool)
+    has: dict[str, Array] = {name: ~np.isnan(D[name]).reshape(N, -1).any(1) for name in Q}
+    is_gold: Array = np.logical_and.reduce(list(has.values())) if labelled is None else given["labelled"].astype(bool)
     for name, there in has.items():
         check_labels(there, is_gold, name, labelled is None, np.arange(N))
     at = np.flatnonzero(is_gold)
