@@ -370,6 +370,13 @@ class TestPlan:
         assert made["least_prob"] == pytest.approx(planned["prob"].min())
         assert made["greatest_prob"] == pytest.approx(planned["prob"].max())
 
+    def test_documents_without_a_stratum_are_one(self, capsys):
+        pd.DataFrame({"party": ["a", "a", None, None]}).to_csv("gaps.csv", index=False)
+        _, out, _ = run(
+            capsys, "plan", "--data", "gaps.csv", "--labels", "2", "--strata", "party", "--out", "a.csv", "--json"
+        )
+        assert [(s["stratum"], s["labels"]) for s in strict(out)["strata"]] == [("a", 1), ("missing", 1)]
+
     def test_in_proportion_to_a_size(self, capsys):
         made = {}
         for name, more in {"floored": ["--floor", "1"], "free": [], "seeded": ["--seed", "1"]}.items():

@@ -59,7 +59,12 @@ class Plan(Command):
         whole = _range(drawn["prob"])
         groups = [("all", drawn)] if self.strata is None else drawn.groupby(self.strata, dropna=False)
         strata: list[dict[str, Any]] = [
-            {"stratum": str(name), "documents": len(rows), "labels": int(rows["labelled"].sum())} | _range(rows["prob"])
+            {
+                "stratum": "missing" if name != name else str(name),
+                "documents": len(rows),
+                "labels": int(rows["labelled"].sum()),
+            }
+            | _range(rows["prob"])
             for name, rows in groups
         ]
         if self.json:
