@@ -59,7 +59,7 @@ class _LocationScale(Distribution):
         return self.loc + self.scale * self._noise(key, shape, dtype)
 
     def log_prob(self, value: ArrayLike) -> jax.Array:
-        z = (value - self.loc) / self.scale
+        z = (jnp.asarray(value) - self.loc) / self.scale
         return jnp.sum(self._log_density(z) - jnp.log(self.scale))
 
     def _noise(self, key: Key, shape: tuple[int, ...], dtype: Any) -> jax.Array:

@@ -124,6 +124,7 @@ class _Interpreter:
         if not known and self.sampler is None:
             raise UserError(f"no value for the address {address!r} (given: {_listed(self.given)})")
         value = self.given[address] if known or self.sampler is None else self.sampler(address, drawn)
+        value = jnp.asarray(value) if isinstance(value, list | tuple) else value
         self.choices[address] = value
         self.log[known] = self.log[known] + distribution.log_prob(value)
         return value

@@ -265,6 +265,11 @@ class Expectation:
             value = _scalar(self.program(sampler, params, *args))
         except _Stop as stop:
             site, index, own_key = stop.site, stop.index, stop.key
+        except RecursionError:
+            raise UserError(
+                f"the program has too many sites that are run again from the start ({len(forced)} before Python's stack was "
+                "full): use vector sites, or Reinforce"
+            ) from None
         else:
             total = value
             for score, baseline in sampler.scores:
