@@ -147,7 +147,7 @@ def from_arrays(
             raise UserError(f"{name} must not be missing: it is in rows {some(gaps)}")
     for name in Q:
         Q[name], D[name] = _numbers(Q[name], f"the surrogate of {name}"), _numbers(D[name], name)
-    has: dict[str, Array] = {name: ~np.isnan(D[name]).reshape(N, -1).any(1) for name in Q}
+    has = {name: _known(D[name]) for name in Q}
     is_gold: Array = np.logical_and.reduce(list(has.values())) if labelled is None else given["labelled"].astype(bool)
     for name, there in has.items():
         check_labels(there, is_gold, name, labelled is None, np.arange(N))
@@ -221,6 +221,11 @@ def check_finite(labels: Float[Array, "gold *classes"], name: str, index: Any) -
     """Refuse gold labels that are infinite."""
     if (bad := ~np.isfinite(labels).reshape(len(labels), -1).all(1)).any():
         raise UserError(f"gold labels of {name} must be finite, and are not in rows {some(index[bad])}")
+
+
+def _known(values: Array) -> Bool[Array, " rows"]:
+    gaps: Array = np.isnan(values).reshape(len(values), -1)
+    return np.asarray(~gaps.any(1))
 
 
 def _numbers(values: Array, name: str) -> Array:
