@@ -21,8 +21,9 @@ from sklearn.preprocessing import StandardScaler  # noqa: E402
 from locum.errors import UserError  # noqa: E402
 from locum.infer import DSL, Forest, Generalized, Linear, Logistic, Moment  # noqa: E402
 from locum.infer.base import Columns  # noqa: E402
-from locum.infer.dsl import Estimates, combined, fold_of, pseudo_outcome  # noqa: E402
+from locum.infer.dsl import fold_of, pseudo_outcome  # noqa: E402
 from locum.infer.equations import Mixed, solve  # noqa: E402
+from locum.infer.estimates import Estimates, combined  # noqa: E402
 from locum.infer.learners import Learner  # noqa: E402
 from locum.infer.problem import design_test, from_arrays  # noqa: E402
 

@@ -40,17 +40,13 @@ Example:
     >>> model = np.where(r.random(2000) < np.where(x > 0, 0.3, 0.05), 1 - y, y)   # what a model says: wrong where x is large
     >>> data = {"x": x, "model": model, "y": np.where(expert, y, np.nan)}
     >>> result = DSL(moment="logistic", learner="generalized").fit(data, "y ~ x", predicted={"y": "model"})
-    >>> print(result.compare().loc["x"].round(2).to_string())
-    dsl                0.97
-    standard error     0.14
-    surrogate only     0.48
-    standard error     0.05
-    gold only          0.98
-    standard error     0.15
-    predictions only   0.93
-    standard error     0.05
-    weighting only     0.98
-    standard error     0.15
+    >>> for way, found in {"dsl": result.fit.dsl, **result.baselines()}.items():
+    ...     print(f"{way:17} {found.theta[1]:.2f} +/- {found.se[1]:.2f}")
+    dsl               1.01 +/- 0.13
+    surrogate only    0.55 +/- 0.05
+    gold only         1.07 +/- 0.15
+    predictions only  0.98 +/- 0.03
+    weighting only    1.09 +/- 0.26
 
 Authors: Egami, Hinck, Stewart, Wei
 Year: 2023
@@ -69,6 +65,7 @@ from jaxtyping import Bool, Float, Int
 from locum.errors import UserError, unknown
 from locum.infer.base import Columns, Estimator, Moment
 from locum.infer.equations import ConvergenceError, Mixed, Solution, meat, sandwich, solve, solve_within
+from locum.infer.estimates import Estimates, Fit, combined
 from locum.infer.learners import Forest, Generalized, Identity, Learner, learner_of
 from locum.infer.moments import Linear, Logistic, Multinomial, Poisson
 from locum.infer.problem import Problem, from_arrays
@@ -78,7 +75,7 @@ from locum.progress import Bar
 if TYPE_CHECKING:  # brings pandas
     from locum.infer.dsl_result import DSLResult
 
-__all__ = ["DSL", "Estimates", "Fit", "combined", "fold_of", "pseudo_outcome", "simpler"]
+__all__ = ["DSL", "fold_of", "pseudo_outcome", "simpler"]
 
 Array = np.ndarray
 MOMENTS: dict[str, type[Moment]] = {
@@ -98,41 +95,6 @@ def pseudo_outcome(
     out = g.astype(float)
     out[labelled] += (y[labelled] - g[labelled]) / prob[labelled]
     return out
-
-
-@dataclass(frozen=True, eq=False)
-class Estimates:
-    """Coefficients and their covariance matrix; `failed` says why there are none."""
-
-    theta: Float[Array, " p"]
-    V: Float[Array, "p p"]
-    failed: str = ""
-
-    @property
-    def se(self) -> Float[Array, " p"]:
-        return np.sqrt(np.diag(self.V))
-
-
-@dataclass(frozen=True, eq=False)
-class Fit:
-    """What the arithmetic gives, before it is dressed for people.
-
-    Args:
-        dsl: the estimates.
-        baselines: those of simpler ways, by name.
-        Omega, Omega_1, J: per split, for `DSLResult.power`: the whole middle of the sandwich, its part that shrinks with more
-            gold labels, and the Jacobian.
-        predictions: predicted variable -> g at the gold rows, median over splits.
-        fits: how many predictors were fitted.
-    """
-
-    dsl: Estimates
-    baselines: Mapping[str, Estimates]
-    Omega: Float[Array, "splits p p"]
-    Omega_1: Float[Array, "splits p p"]
-    J: Float[Array, "splits p p"]
-    predictions: Mapping[str, Array]
-    fits: int
 
 
 @dataclass(frozen=True)
@@ -375,23 +337,6 @@ def fold_of(problem: Problem, count: int, draw: np.random.Generator) -> Int[Arra
     for some_units in (gold, rest):
         of_unit[draw.permutation(some_units)] = np.arange(len(some_units)) % count
     return of_unit[units]
-
-
-def combined(splits: Sequence[Estimates]) -> Estimates:
-    """Splits as one: medians of coefficients and of V_s + (theta_s - theta)(theta_s - theta)', made positive semi-definite."""
-    if failed := [s for s in splits if s.failed]:
-        return failed[0]
-    theta = np.median([s.theta for s in splits], axis=0)
-    V = np.median([s.V + np.outer(s.theta - theta, s.theta - theta) for s in splits], axis=0)
-    V = (V + V.T) / 2
-    errors = np.sqrt(np.diag(V))
-    units = np.outer(errors, errors) + 1e-300  # as correlations, so that no unit is too small to see
-    values, vectors = np.linalg.eigh(V / units)
-    if values[0] < -1e-12:
-        near = (vectors * np.maximum(values, 0)) @ vectors.T
-        scale = np.sqrt(np.diag(near))
-        V = near / np.outer(scale, scale) * units  # the standard errors stay
-    return Estimates(theta, V)
 
 
 def simpler(name: str, problem: Problem, moment: Moment, weights: Float[Array, " gold"]) -> Estimates | None:

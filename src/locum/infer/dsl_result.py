@@ -11,8 +11,8 @@ from scipy import stats
 from locum.errors import UserError, unknown
 from locum.files import write_atomically
 from locum.infer.base import Check, Cost, Result
-from locum.infer.dsl import DSL, Estimates, Fit
 from locum.infer.equations import inverse
+from locum.infer.estimates import Estimates, Fit
 from locum.infer.moments import Regression
 from locum.infer.problem import Problem, design_test
 from locum.infer.tables import complete, have_columns, pd, read_table
@@ -32,9 +32,10 @@ class DSLResult(Result):
     `params`, `bse`, `tvalues`, `pvalues`, `conf_int()`, `cov_params()`, `predict()`, `summary()` are as in statsmodels; p-values
     are two-sided and from the normal distribution. `compare()` puts naive and gold-only estimates beside, `power()` and
     `labels_needed()` tell what more gold labels would bring, `check()` whether the sample looks as its probabilities say.
+    `method` is the `DSL` that made it.
     """
 
-    def __init__(self, method: DSL, problem: Problem, title: str, fit: Fit, seconds: float) -> None:
+    def __init__(self, method: Any, problem: Problem, title: str, fit: Fit, seconds: float) -> None:
         self.method, self.problem, self.title, self.fit = method, problem, title, fit
         counts = {"gold labels": len(problem.at), "rows": problem.size, "fitted predictors": fit.fits}
         self.cost = Cost(seconds, counts)
