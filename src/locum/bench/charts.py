@@ -213,14 +213,19 @@ def differences(rows: Sequence[Difference], title: str) -> str:
     return "".join([*parts, "</svg>"])
 
 
-def bars(groups: dict[str, list[Bar]], title: str) -> str:
-    """One panel per group: a bar per method, its interval as a whisker, and a line at 1 (the reference)."""
+def bars(groups: dict[str, list[Bar]], title: str, *, shortest: bool = False) -> str:
+    """One panel per group: a bar per method, its interval as a whisker, and a line at 1 (the reference).
+
+    The longest is first, or the `shortest`.
+    """
     known = [v for g in groups.values() for b in g if b.value is not None for v in (b.value, *(b.limits or ()))]
     top = max([1.0, *known]) * 1.04
     panels = []
     for name, members in groups.items():
         rows = []
-        for bar in sorted(members, key=lambda b: -(b.value or 0)):
+        for bar in sorted(
+            members, key=lambda b: (b.value is None, b.value or 0) if shortest else (False, -(b.value or 0))
+        ):
             if bar.value is None:
                 rows.append(
                     f'<div class="bar"><span class="name">{_text(bar.name)}</span><span class="lane">failed</span></div>'

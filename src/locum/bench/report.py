@@ -21,6 +21,8 @@ from locum.bench.store import Row
 
 __all__ = ["Page", "Part", "cell", "html", "html_table", "shown_title", "table", "text"]
 
+TERMINAL = 100  # columns
+
 
 @dataclass(frozen=True)
 class Page:
@@ -106,18 +108,19 @@ def cell(row: Row, measure: Measure, interval: bool = True) -> str:
 def table(page: Page) -> Table:
     """The table for a terminal of 100 columns: figures over all items, then the main ratio per group; or group by group."""
     shown = Table(box=SIMPLE_HEAD, pad_edge=False, padding=0)
-    shown.add_column("method", no_wrap=True)
-    # Columns are as wide as their widest word or figure: a head is wrapped, a figure never.
+    # Columns are as wide as their widest word or figure: a head is wrapped, a figure never, a long name is cut off.
     main = page.measure(page.main)
     wide = [page.measure(k) for k in page.columns]
     names = list(dict.fromkeys(r["group"] for r in page.groups))
-    for measure in wide:
-        with_interval = 26 if measure.signed else 16
-        width = with_interval if measure.key == page.main else _width(measure.title)
-        shown.add_column(measure.title, justify="right", width=width)
     names = names if page.pooled and 1 < len(names) <= 4 else []  # more have no room; the report shows them
-    for name in names:
-        shown.add_column(f"on {name}", justify="right", width=_width(name))
+    with_interval = {m.key: 26 if m.signed else 16 for m in wide if m.key == page.main}
+    heads = [(m.title, with_interval.get(m.key, _width(m.title))) for m in wide] + [
+        (f"on {n}", _width(n)) for n in names
+    ]
+    room = TERMINAL - 2 - sum(1 + width for _, width in heads)
+    shown.add_column("method", no_wrap=True, max_width=max(room, 12))
+    for title, width in heads:
+        shown.add_column(title, justify="right", width=width)
     for block, rows in page.blocks.items():
         if block:
             shown.add_section()
@@ -182,7 +185,8 @@ def html_table(page: Page, rows: Sequence[Row], measures: Sequence[Measure]) -> 
             )
         hint = next((s for (m, g), s in settings.items() if m == row["method"] and g == row.get("group", g)), "")
         name = f'<th scope="row" title="{text(hint)}">{text(row["method"])}</th>'
-        body.append(f'<tr class="{page.kinds[row["method"]]}">{name}{"".join(cells)}</tr>')
+        kind = page.kinds[row["method"]] + ("" if row in sound else " unsound")
+        body.append(f'<tr class="{kind}">{name}{"".join(cells)}</tr>')
     head = f'<thead><tr><th scope="col">method</th>{heads}</tr></thead>'
     return f'<div class="scroll"><table>{head}<tbody>{"".join(body)}</tbody></table></div>'
 
