@@ -12,6 +12,7 @@ from tyro.conf import Positional
 from locum.bench.compare import compare
 from locum.bench.compare_align import AlignTask
 from locum.bench.compare_decode import DecodeTask
+from locum.bench.compare_infer import InferTask
 from locum.bench.compare_reinforce import ReinforceTask
 from locum.bench.verify import available, run_claims
 from locum.cli.command import Command, console, emit, quiet_stdout, read, table
@@ -21,7 +22,7 @@ from locum.paper import FAMILIES, catalogue
 
 __all__ = ["Compare", "Verify"]
 
-TASKS = {"align": AlignTask, "decode": DecodeTask, "reinforce": ReinforceTask}
+TASKS = {"align": AlignTask, "decode": DecodeTask, "infer": InferTask, "reinforce": ReinforceTask}
 VERDICTS = {"holds": "green", "fails": "red", "inconclusive": "yellow"}
 
 
