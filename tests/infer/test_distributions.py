@@ -85,7 +85,7 @@ LAWS = {
 SITES = {
     "reparam": ("normal", "uniform", "lognormal", "exponential", "laplace", "student_t"),
     "implicit": ("gamma", "beta"),
-    "reinforce": tuple(name for name in LAWS if name != "uniform"),  # its support moves, so its score knows nothing
+    "reinforce": tuple(name for name in LAWS if name != "uniform"),  # the ends of its support move: no score
     "enum": ("flip", "categorical"),
     "mvd": ("normal", "flip", "poisson"),
 }
@@ -181,6 +181,11 @@ def test_bad_parameters_are_named(make, said):
         (vi.gamma(1.0, 1.0), vi.MVD(), "gamma cannot take the strategy MVD: no coupled pair"),
         (vi.categorical(np.zeros(3)), vi.MVD(), "categorical cannot take the strategy MVD"),
         (vi.poisson(1.0), vi.Enum(), "poisson cannot take the strategy Enum"),
+        (
+            vi.uniform(jnp.zeros(()), 1.0),
+            vi.Reinforce(),
+            "uniform cannot take the strategy Reinforce: the ends of its support",
+        ),
     ],
 )
 def test_impossible_pairs_are_refused_with_the_reason(law, strategy, why):

@@ -80,6 +80,11 @@ class Distribution(ABC):
         return None
 
     @property
+    def moving(self) -> bool:
+        """Whether the ends of the support depend on parameters, so that the score alone is not the derivative."""
+        return False
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """The shape of a draw."""
         return ()

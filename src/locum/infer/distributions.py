@@ -217,6 +217,10 @@ class Uniform(Distribution):
             raise UserError(f"uniform: high must be above low, got low {self.low!r} and high {self.high!r}")
 
     @property
+    def moving(self) -> bool:
+        return not (known(self.low) and known(self.high))
+
+    @property
     def shape(self) -> tuple[int, ...]:
         return floating(self.low, self.high)[1]
 

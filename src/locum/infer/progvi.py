@@ -88,8 +88,12 @@ class _Stop(BaseException):
 class _Rules:
     """What all runs of one evaluation share."""
 
-    strategy: Strategy | None  # takes the place of every site's own
+    strategy: Strategy | None  # takes the place of a site's own wherever it can
     anchor: Any
+
+    def of(self, site: Site) -> Strategy:
+        possible = self.strategy is not None and not self.strategy.why_not(site.distribution)
+        return self.strategy if self.strategy is not None and possible else site.strategy
 
 
 _Score = tuple[jax.Array, Any]  # log p - sg log p of a Reinforce site, and its baseline
@@ -162,7 +166,7 @@ class _Replay(Sampler):
     def _draw(self, site: Site, index: int, key: Key) -> Any:
         if index in self.forced:
             return self.forced[index]
-        strategy, law = self.rules.strategy or site.strategy, site.distribution
+        strategy, law = self.rules.of(site), site.distribution
         if isinstance(strategy, Replayed) and (self.inner or not self.plain):
             raise _Stop(site, index, key)
         if index in self.noise:
@@ -206,7 +210,7 @@ class Expectation:
 
     Args:
         program: ``f(sample, params, *args)``, a real number.
-        strategy: takes the place of every site's own, e.g. ``Reinforce()`` to compare with.
+        strategy: takes the place of every site's own where it can, e.g. ``Reinforce()`` to compare with.
         anchor: where `sample.constant` holds the parameters, instead of at those that are passed.
     """
 
@@ -259,7 +263,8 @@ class Expectation:
         noise: Mapping[int, Any] = MappingProxyType({}),
         wanted: _Wanted | None = None,
     ) -> jax.Array:
-        sampler = _Replay(key, _Rules(self.strategy, self.anchor), plain, forced, noise)
+        rules = _Rules(self.strategy, self.anchor)
+        sampler = _Replay(key, rules, plain, forced, noise)
         sampler.wanted = wanted or sampler.wanted
         try:
             value = _scalar(self.program(sampler, params, *args))
@@ -285,7 +290,7 @@ class Expectation:
         def others(value: Any) -> jax.Array:
             return lax.stop_gradient(self._run(key, {**forced, index: value}, True, params, args, noise))
 
-        strategy = self.strategy or site.strategy
+        strategy = rules.of(site)
         assert isinstance(strategy, Replayed)
         return strategy.surrogate(site.distribution, own_key, rest, others)
 

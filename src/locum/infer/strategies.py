@@ -27,7 +27,46 @@ from locum.errors import UserError
 from locum.infer import distributions as d
 from locum.infer.distribution_base import Branch, Distribution, Key
 
-__all__ = ["MVD", "Enum", "Reinforce", "Reparam", "Replayed", "Site", "Strategy", "default_strategy", "site"]
+__all__ = [
+    "MVD",
+    "Enum",
+    "Reinforce",
+    "Reparam",
+    "Replayed",
+    "Site",
+    "Strategy",
+    "beta_implicit",
+    "beta_reinforce",
+    "categorical_enum",
+    "categorical_reinforce",
+    "default_strategy",
+    "dirichlet_implicit",
+    "dirichlet_reinforce",
+    "exponential_reinforce",
+    "exponential_reparam",
+    "flip_enum",
+    "flip_mvd",
+    "flip_reinforce",
+    "gamma_implicit",
+    "gamma_reinforce",
+    "integers_enum",
+    "integers_reinforce",
+    "laplace_reinforce",
+    "laplace_reparam",
+    "lognormal_reinforce",
+    "lognormal_reparam",
+    "mv_normal_reinforce",
+    "mv_normal_reparam",
+    "normal_mvd",
+    "normal_reinforce",
+    "normal_reparam",
+    "poisson_mvd",
+    "poisson_reinforce",
+    "site",
+    "student_t_reinforce",
+    "student_t_reparam",
+    "uniform_reparam",
+]
 
 _FEW = 16  # a bare site with at most this many values is enumerated
 Rest = Callable[[Any], jax.Array]  # a value of the site -> the rest of the program, a scalar
@@ -77,7 +116,7 @@ class Reinforce(Strategy):
     baseline: ArrayLike | None = None
 
     def why_not(self, distribution: Distribution) -> str:
-        return ""
+        return "the ends of its support move with its parameters" if distribution.moving else ""
 
 
 @dataclass(frozen=True)
@@ -173,27 +212,44 @@ def default_strategy(distribution: Distribution) -> Strategy:
     return Enum() if few else Reinforce()
 
 
-def _pair(distribution: Callable[..., Distribution], strategy: type[Any], doc: str) -> Callable[..., Site]:
+def _pair(distribution: Callable[..., Distribution], strategy: type[Any]) -> Callable[..., Site]:
     options = set(strategy.__dataclass_fields__)
 
     def make(*parameters: Any, **named: Any) -> Site:
         chosen = {name: named.pop(name) for name in options & named.keys()}
         return site(distribution(*parameters, **named), strategy(**chosen))
 
-    make.__doc__ = doc
+    make.__doc__ = f"A site of this distribution with {strategy.__name__}; the strategy's own arguments by name."
     return make
 
 
-_SUFFIXES: dict[str, tuple[type[Strategy], tuple[str, ...]]] = {
-    "reparam": (Reparam, ("normal", "mv_normal", "uniform", "lognormal", "exponential", "laplace", "student_t")),
-    "implicit": (Reparam, ("gamma", "beta", "dirichlet")),
-    "reinforce": (Reinforce, tuple(name for name in d.__all__ if name[0].islower())),
-    "enum": (Enum, ("flip", "categorical", "integers")),
-    "mvd": (MVD, ("flip", "normal", "poisson")),
-}
-# normal_reparam, flip_enum, ...: a distribution and a strategy in one call, which takes the arguments of both
-for _suffix, (_strategy, _names) in _SUFFIXES.items():
-    for _name in _names:
-        _doc = f"A site: {_name} with the strategy {_strategy.__name__}; the strategy's own arguments by name."
-        globals()[f"{_name}_{_suffix}"] = _pair(getattr(d, _name), _strategy, _doc)
-        __all__.append(f"{_name}_{_suffix}")
+# A distribution and a strategy in one call, which takes the arguments of both.
+normal_reparam = _pair(d.normal, Reparam)
+mv_normal_reparam = _pair(d.mv_normal, Reparam)
+uniform_reparam = _pair(d.uniform, Reparam)
+lognormal_reparam = _pair(d.lognormal, Reparam)
+exponential_reparam = _pair(d.exponential, Reparam)
+laplace_reparam = _pair(d.laplace, Reparam)
+student_t_reparam = _pair(d.student_t, Reparam)
+gamma_implicit = _pair(d.gamma, Reparam)
+beta_implicit = _pair(d.beta, Reparam)
+dirichlet_implicit = _pair(d.dirichlet, Reparam)
+normal_reinforce = _pair(d.normal, Reinforce)
+mv_normal_reinforce = _pair(d.mv_normal, Reinforce)
+lognormal_reinforce = _pair(d.lognormal, Reinforce)
+exponential_reinforce = _pair(d.exponential, Reinforce)
+laplace_reinforce = _pair(d.laplace, Reinforce)
+student_t_reinforce = _pair(d.student_t, Reinforce)
+gamma_reinforce = _pair(d.gamma, Reinforce)
+beta_reinforce = _pair(d.beta, Reinforce)
+dirichlet_reinforce = _pair(d.dirichlet, Reinforce)
+flip_reinforce = _pair(d.flip, Reinforce)
+categorical_reinforce = _pair(d.categorical, Reinforce)
+integers_reinforce = _pair(d.integers, Reinforce)
+poisson_reinforce = _pair(d.poisson, Reinforce)
+flip_enum = _pair(d.flip, Enum)
+categorical_enum = _pair(d.categorical, Enum)
+integers_enum = _pair(d.integers, Enum)
+flip_mvd = _pair(d.flip, MVD)
+normal_mvd = _pair(d.normal, MVD)
+poisson_mvd = _pair(d.poisson, MVD)

@@ -52,7 +52,7 @@ def cone_naive_guide(sample: Any, params: Any) -> None:
 
 def cone_expressive_guide(sample: Any, params: Any) -> None:
     """A point of the ring by an angle that is then forgotten, and a step off it; params [2]: two log standard deviations."""
-    u = 2 * math.pi * sample("u", s.uniform_reparam(0.0, 1.0))  # type: ignore[attr-defined]
+    u = 2 * math.pi * sample("u", s.uniform_reparam(0.0, 1.0))
     sample("x", s.site(normal(math.sqrt(5.0) * jnp.cos(u), jnp.exp(params[0])), s.Reparam()))
     sample("y", s.site(normal(math.sqrt(5.0) * jnp.sin(u), jnp.exp(params[1])), s.Reparam()))
 
