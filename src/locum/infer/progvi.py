@@ -20,7 +20,8 @@ whole is unbiased by the law of iterated expectations:
 
 How a rule gets at k. A site of the last two kinds stops the program (an exception that only the engine sees), and k(v) is the
 program run again from its start with this site's value put in. Site number i draws with fold_in(key, i), so a second run
-makes the same earlier choices; under jit the compiler merges what the runs share. A Reinforce site needs no second run,
+makes the same earlier choices; under jit the compiler merges what the runs share. (Of many samples side by side the normal noise
+is drawn in one go, `locum.infer.side_by_side`: on small programs that is most of the cost.) A Reinforce site needs no second run,
 since its multiplier is the final value of whatever run it is part of: the sum over runs of an Enum or MVD site further on is
 linear in them. The side of an MVD that is not the draw is run for its value alone, later sites drawn plainly.
 
@@ -47,8 +48,6 @@ Venue: PLDI 2024
 arXiv: 2406.15742
 """
 
-import itertools
-import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -58,15 +57,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax, random
+from jax import lax
 from jaxtyping import Float
 
 from locum.errors import UserError
 from locum.infer.base import Estimator
 from locum.infer.densities import Density
-from locum.infer.distribution_base import Distribution, Key
+from locum.infer.distribution_base import Key
 from locum.infer.objectives import ELBO, Objective
 from locum.infer.programs import Program, Sampler
+from locum.infer.side_by_side import Wanted, side_by_side
 from locum.infer.strategies import Reinforce, Replayed, Site, Strategy
 from locum.infer.vi_audit import as_parameters
 from locum.infer.vi_fit import VIResult, ascend
@@ -99,48 +99,6 @@ class _Rules:
 _Score = tuple[jax.Array, Any]  # log p - sg log p of a Reinforce site, and its baseline
 
 
-class _Wanted:
-    """What a run draws: normal noise, by site, and whether anything else that needs a key."""
-
-    def __init__(self) -> None:
-        self.noise: dict[int, tuple[int, ...]] = {}
-        self.keys = False
-
-    def note(self, index: int, law: Distribution) -> None:
-        if law.gaussian and law.dtype == jnp.result_type(0.0):
-            self.noise[index] = law.shape
-        else:
-            self.keys = True
-
-
-def _side_by_side(
-    one: Callable[[Key, Mapping[int, Any]], tuple[Any, Any, _Wanted]], key: Key, n: int
-) -> tuple[Any, Any]:
-    """n runs under vmap, the normal noise of all their sites drawn at once: small draws cost more than what is done with them.
-
-    A first, abstract run tells which sites want noise; `one` is given it by site, and a key for what else it draws.
-    """
-    wanted = _Wanted()
-
-    def tell(key: Key) -> Any:
-        nonlocal wanted
-        values, scores, wanted = one(key, {})
-        return values, scores
-
-    jax.eval_shape(tell, key)
-    sizes = {i: math.prod(shape) for i, shape in wanted.noise.items()}
-    noise_key, keys = (random.fold_in(key, 0), random.split(random.fold_in(key, 1), n)) if wanted.keys else (key, None)
-    block = random.normal(noise_key, (sum(sizes.values()), n)) if sizes else jnp.zeros((0, n))
-    block = lax.optimization_barrier(block)  # else the compiler computes the noise anew for each of its uses
-
-    def each(block: jax.Array, own: Key | None) -> tuple[Any, Any]:
-        ends = list(itertools.accumulate(sizes.values()))
-        noise = {i: block[end - sizes[i] : end].reshape(wanted.noise[i]) for i, end in zip(sizes, ends, strict=True)}
-        return one(key if own is None else own, noise)[:2]
-
-    return jax.vmap(each, in_axes=(1, None if keys is None else 0))(block, keys)
-
-
 class _Replay(Sampler):
     """One run of an expectation program: sites with a forced value take it, others are drawn as their strategy says."""
 
@@ -157,7 +115,7 @@ class _Replay(Sampler):
         self.rules, self.plain, self.forced, self.noise, self.inner = rules, plain, forced, noise, inner
         self.anchor = rules.anchor
         self.scores: list[_Score] = []
-        self.wanted = _Wanted()
+        self.wanted = Wanted()
 
     def fresh_key(self) -> Key:
         self.wanted.keys = True
@@ -189,12 +147,12 @@ class _Replay(Sampler):
             return super().iid(program, n)
         start, key = self._next("iid")
 
-        def one(key: Key, noise: Mapping[int, Any]) -> tuple[Any, list[_Score], _Wanted]:
+        def one(key: Key, noise: Mapping[int, Any]) -> tuple[Any, list[_Score], Wanted]:
             sampler = _Replay(key, self.rules, self.plain, {}, noise, inner=True)
             return program(sampler), sampler.scores, sampler.wanted
 
         try:
-            values, scores = _side_by_side(one, key, n)
+            values, scores = side_by_side(one, key, n)
         except _Stop:
             self.count = start
             runs = [program(self) for _ in range(n)]
@@ -247,11 +205,11 @@ class Expectation:
         return self._many(key, samples, True, params, args)
 
     def _many(self, key: Key, n: int, plain: bool, params: Any, args: tuple[Any, ...]) -> jax.Array:
-        def one(key: Key, noise: Mapping[int, Any]) -> tuple[jax.Array, tuple[()], _Wanted]:
-            wanted = _Wanted()
+        def one(key: Key, noise: Mapping[int, Any]) -> tuple[jax.Array, tuple[()], Wanted]:
+            wanted = Wanted()
             return self._run(key, {}, plain, params, args, noise, wanted), (), wanted
 
-        return _side_by_side(one, key, n)[0]
+        return side_by_side(one, key, n)[0]
 
     def _run(
         self,
@@ -261,7 +219,7 @@ class Expectation:
         params: Any,
         args: tuple[Any, ...],
         noise: Mapping[int, Any] = MappingProxyType({}),
-        wanted: _Wanted | None = None,
+        wanted: Wanted | None = None,
     ) -> jax.Array:
         rules = _Rules(self.strategy, self.anchor)
         sampler = _Replay(key, rules, plain, forced, noise)

@@ -1,11 +1,8 @@
 """Stochastic gradient ascent on an expectation: compiled chunks of steps, checkpoints, and the result with its certificate.
 
-Step t draws with fold_in(key, t), so a run that is cut short and goes on makes the same steps, bit for bit. A checkpoint is one
-safetensors file: parameters, optimizer state and the objective's trace, and a JSON text of what run it is of.
+Step t draws with fold_in(key, t), so a run that is cut short and goes on makes the same steps, bit for bit.
 """
 
-import hashlib
-import json
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -19,14 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax, random
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from locum.errors import UserError
-from locum.files import write_atomically
 from locum.infer.base import Check, Cost, Result
 from locum.infer.strategies import Reinforce
 from locum.infer.vi_audit import audit, gradient_noise, leaf_names, mean_value
+from locum.infer.vi_checkpoint import State, digest, read, resume, write
 from locum.method import from_dict, to_dict
 from locum.progress import Bar
 
@@ -60,6 +55,7 @@ class VIResult(Result):
         trace: the objective's estimate at each step.
         cost: of the steps: seconds, steps, samples, ms per step.
         interrupted: whether Ctrl-C ended it.
+        state: what a checkpoint holds.
     """
 
     method: Any
@@ -70,7 +66,7 @@ class VIResult(Result):
     trace: np.ndarray
     cost: Cost
     interrupted: bool
-    state: "_State"
+    state: "State"
 
     @cached_property
     def estimate(self) -> Fitted:
@@ -112,14 +108,14 @@ class VIResult(Result):
 
     def save(self, path: str | Path) -> None:
         """Write it in the form of a checkpoint, from which `load` or a longer `fit` goes on."""
-        _write(Path(path), self.state, self.method)
+        write(Path(path), self.state, self.method)
 
     @staticmethod
     def load(
         path: str | Path, model: Any, guide: Any, params: Any, data: Any, *, args: tuple[Any, ...] = ()
     ) -> "VIResult":
         """What `save` or an unfinished run wrote, for the same programs, starting parameters and data."""
-        about = _open(Path(path))[0]
+        about = read(Path(path))[0]
         method = replace(from_dict(about["method"]), steps=about["steps"])
         return method.fit(model, guide, params, data, args=args, checkpoint=path, progress=False)
 
@@ -127,29 +123,16 @@ class VIResult(Result):
         return random.fold_in(random.key(self.method.seed), purpose)
 
 
-@dataclass(eq=False)
-class _State:
-    """How far a run is."""
-
-    about: dict[str, Any]
-    params: Any
-    optimizer: Any
-    trace: list[np.ndarray]
-    steps: int = 0
-    seconds: float = 0.0
-    ms_per_step: float = float("nan")
-
-
 def ascend(
     method: Any, expectation: Any, params: Any, args: tuple[Any, ...], checkpoint: str | Path | None, progress: bool
 ) -> VIResult:
     """Run the steps of `method` that `checkpoint` does not hold yet."""
     optimizer = {"sgd": optax.sgd, "adam": optax.adam}[method.optimizer](method.learning_rate)
-    about = {"leaves": leaf_names(params), "input": _digest((params, args))}
-    state = _State(about, params, optimizer.init(params), [])
+    about = {"leaves": leaf_names(params), "input": digest((params, args))}
+    state = State(about, params, optimizer.init(params), [])
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None and path.exists():
-        _resume(state, path, method)
+        resume(state, path, method)
     run = _compiled(method, expectation, optimizer, args)
     interrupted, saved, n = False, time.monotonic(), min(10, _CHUNK)
     title = f"fit {type(method.objective).__name__}"
@@ -161,14 +144,14 @@ def ascend(
                 if bar is not None:
                     bar.at(state.steps, f"{state.trace[-1].mean():.4g}")
                 if path is not None and time.monotonic() - saved > _SAVE and state.steps < method.steps:
-                    _write(path, state, method)
+                    write(path, state, method)
                     saved = time.monotonic()
                 n = int(np.clip(n * _PACE / max(seconds, 1e-9), 1, min(4 * n, _CHUNK)))
         except KeyboardInterrupt:
             interrupted = True
         finally:
             if path is not None and (state.steps or not path.exists()):
-                _write(path, state, method)
+                write(path, state, method)
     trace = np.concatenate(state.trace) if state.trace else np.zeros(0, np.float32)
     counts = {"steps": state.steps, "samples": state.steps * method.samples, "ms_per_step": state.ms_per_step}
     return VIResult(
@@ -176,7 +159,7 @@ def ascend(
     )
 
 
-def _advance(state: _State, run: Callable[..., Any], n: int) -> tuple[int, float]:
+def _advance(state: State, run: Callable[..., Any], n: int) -> tuple[int, float]:
     """n more steps; how many were done, and the seconds of it."""
     began = time.perf_counter()
     params, optimizer, values, bad, flags = jax.block_until_ready(run(state.params, state.optimizer, state.steps, n))
@@ -227,60 +210,3 @@ def _compiled(method: Any, expectation: Any, optimizer: Any, args: tuple[Any, ..
         return lax.fori_loop(first, first + n, step, (params, state, values, jnp.asarray(-1), flags))
 
     return lambda params, state, first, n: run(params, state, first, n, arrays)
-
-
-def _digest(tree: Any) -> str:
-    """A fingerprint of arrays and numbers, so that a checkpoint is not taken for another run's."""
-    found = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        found.update(jax.tree_util.keystr(path).encode())
-        known = isinstance(leaf, jax.Array | np.ndarray | np.generic | bool | int | float)
-        array = np.asarray(leaf) if known else None
-        found.update(f"{array.dtype}{array.shape}".encode() + array.tobytes() if array is not None else b"-")
-    return found.hexdigest()[:16]
-
-
-def _write(path: Path, state: _State, method: Any) -> None:
-    tensors = {f"params.{i}": np.asarray(x) for i, x in enumerate(jax.tree.leaves(state.params))}
-    tensors |= {f"optimizer.{i}": np.asarray(x) for i, x in enumerate(jax.tree.leaves(state.optimizer))}
-    tensors["trace"] = np.concatenate(state.trace) if state.trace else np.zeros(0, np.float32)
-    ms = state.ms_per_step if np.isfinite(state.ms_per_step) else None
-    about = state.about | {"method": to_dict(method), "steps": state.steps, "seconds": state.seconds, "ms_per_step": ms}
-    write_atomically(
-        path, save({name: np.asarray(x, order="C") for name, x in tensors.items()}, {"locum": json.dumps(about)})
-    )
-
-
-def _open(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    try:
-        with safe_open(path, "numpy") as file:
-            about = json.loads((file.metadata() or {})["locum"])
-            return about, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except FileNotFoundError:
-        raise UserError(f"there is no checkpoint {path}") from None
-    except (SafetensorError, KeyError, ValueError, OSError) as error:
-        raise UserError(f"{path} is no checkpoint of a fit: {' '.join(str(error).split())}") from None
-
-
-def _resume(state: _State, path: Path, method: Any) -> None:
-    about, tensors = _open(path)
-    theirs, mine = about["method"], to_dict(method)
-    for field in mine.keys() - {"steps"}:
-        if theirs.get(field) != mine[field]:
-            raise UserError(
-                f"{path} is of a fit with {field} {theirs.get(field)!r}, not {mine[field]!r}: name another file"
-            )
-    if about["leaves"] != state.about["leaves"] or about["input"] != state.about["input"]:
-        raise UserError(f"{path} is of a fit with other starting parameters, data or args: name another file")
-    if about["steps"] > method.steps:
-        raise UserError(
-            f"{path} is {about['steps']} steps on, ProgVI.steps is {method.steps}: ask for as many, or name another file"
-        )
-
-    def back(tree: Any, name: str) -> Any:
-        leaves, kind = jax.tree.flatten(tree)
-        return kind.unflatten([jnp.asarray(tensors[f"{name}.{i}"]) for i in range(len(leaves))])
-
-    state.params, state.optimizer = back(state.params, "params"), back(state.optimizer, "optimizer")
-    state.trace, state.steps, state.seconds = [tensors["trace"]], about["steps"], about["seconds"]
-    state.ms_per_step = about["ms_per_step"] if about["ms_per_step"] is not None else float("nan")

@@ -1,0 +1,54 @@
+"""Many runs of a program under vmap, with the normal noise of all their sites drawn in one go."""
+
+import itertools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax, random
+
+from locum.infer.distribution_base import Distribution, Key
+
+__all__ = ["Wanted", "side_by_side"]
+
+
+class Wanted:
+    """What a run draws: normal noise, by site, and whether anything else that needs a key."""
+
+    def __init__(self) -> None:
+        self.noise: dict[int, tuple[int, ...]] = {}
+        self.keys = False
+
+    def note(self, index: int, law: Distribution) -> None:
+        if law.gaussian and law.dtype == jnp.result_type(0.0):
+            self.noise[index] = law.shape
+        else:
+            self.keys = True
+
+
+def side_by_side(one: Callable[[Key, Mapping[int, Any]], tuple[Any, Any, Wanted]], key: Key, n: int) -> tuple[Any, Any]:
+    """n runs under vmap, the normal noise of all their sites drawn at once: small draws cost more than what is done with them.
+
+    A first, abstract run tells which sites want noise; `one` is given it by site, and a key for what else it draws.
+    """
+    wanted = Wanted()
+
+    def tell(key: Key) -> Any:
+        nonlocal wanted
+        values, scores, wanted = one(key, {})
+        return values, scores
+
+    jax.eval_shape(tell, key)
+    sizes = {i: math.prod(shape) for i, shape in wanted.noise.items()}
+    noise_key, keys = (random.fold_in(key, 0), random.split(random.fold_in(key, 1), n)) if wanted.keys else (key, None)
+    block = random.normal(noise_key, (sum(sizes.values()), n)) if sizes else jnp.zeros((0, n))
+    block = lax.optimization_barrier(block)  # else the compiler computes the noise anew for each of its uses
+
+    def each(block: jax.Array, own: Key | None) -> tuple[Any, Any]:
+        ends = list(itertools.accumulate(sizes.values()))
+        noise = {i: block[end - sizes[i] : end].reshape(wanted.noise[i]) for i, end in zip(sizes, ends, strict=True)}
+        return one(key if own is None else own, noise)[:2]
+
+    return jax.vmap(each, in_axes=(1, None if keys is None else 0))(block, keys)
