@@ -424,7 +424,7 @@ def test_seeds_and_processes(learner):
     one = fit("logistic", data, splits=3, learner=learner)
     again = fit("logistic", data, splits=3, learner=learner)
     spread = fit("logistic", data, splits=3, learner=learner, jobs=2)
-    other = fit("logistic", data, splits=3, learner=learner, seed=1)
+    other = fit("logistic", data, splits=3, learner=learner, seed=1, progress=True)
     assert one.params.equals(again.params)
     assert one.cov_params().equals(again.cov_params())
     assert one.params.equals(spread.params)
@@ -657,6 +657,12 @@ def test_fixed_effects_are_dummies(ways, balanced):
     )
 
 
+def test_one_name_needs_no_list():
+    data = table("linear").assign(state=np.resize(list("abc"), N))
+    one = fit("linear", data, "y ~ x", features="prob", fixed_effects="state")
+    assert one.params.equals(fit("linear", data, "y ~ x", features=["prob"], fixed_effects=["state"]).params)
+
+
 # Probabilities
 
 
@@ -713,9 +719,7 @@ def test_learners(learner):
     again = fit("logistic", data, learner=learner, splits=2)
     assert found.params.equals(again.params)
     assert np.isfinite(found.bse).all()
-    data = table("multinomial")
-    if type(learner).__name__ != "GradientBoostingRegressor":  # which has one output
-        assert np.isfinite(fit("multinomial", data, learner=learner).params).all()
+    assert np.isfinite(fit("multinomial", table("multinomial"), learner=learner).params).all()
 
 
 @pytest.mark.parametrize("learner", ["generalized", LogisticRegression(), RandomForestClassifier(10)])

@@ -428,11 +428,6 @@ class Broken(RegressorMixin, BaseEstimator):
         return np.full(len(X), NAN)
 
 
-class Raises(Broken):
-    def predict(self, X):
-        raise ValueError("no such luck")
-
-
 @pytest.mark.parametrize(
     ("learner", "how", "said"),
     [

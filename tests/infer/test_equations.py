@@ -141,7 +141,7 @@ def test_the_root_is_one(kind):
     found = solve(moment, m)
     assert np.abs(m.mean(moment, found.theta)).max() < 1e-12
     assert found.scores.mean(0) == pytest.approx(0, abs=1e-12)
-    assert pytest.approx(m.jacobian(moment, found.theta), abs=1e-14) == found.J
+    assert pytest.approx(m.jacobian(moment, found.theta), abs=1e-9) == found.J
     gold, hat = moment.m(found.theta, m.gold), moment.m(found.theta, {k: v[m.at] for k, v in m.hat.items()})
     assert found.differences == pytest.approx(gold - hat, abs=1e-12)
 

@@ -168,9 +168,7 @@ class DSL(Estimator):
         from locum.infer.formulas import from_formula
 
         moment = self.estimand
-        problem = from_formula(
-            data, formula, moment, predicted, prob, labelled, features, cluster, tuple(fixed_effects)
-        )
+        problem = from_formula(data, formula, moment, predicted, prob, labelled, features, cluster, fixed_effects)
         return self.run(problem, f"{type(moment).__name__.lower()}: {formula}", jobs, progress)
 
     def fit_arrays(

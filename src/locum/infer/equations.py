@@ -127,12 +127,11 @@ def solve(moment: Moment, mixed: Mixed, names: Sequence[str] = ()) -> Solution:
             step = inverse(mixed.jacobian(moment, theta), names) @ (value * scale)
         except UserError:
             break  # far out, where the curvature has vanished
-    near = _near(value)
-    far = _unbounded(moment, mixed, theta, scale, first, near, names)
+    near, J = _near(value), mixed.jacobian(moment, theta)
+    far = _unbounded(moment, mixed, theta, scale, inverse(first, names) @ J, near)
     if far is not None or not near:
         raise ConvergenceError(_no_root(names, far, near))
-    theta = theta - inverse(mixed.jacobian(moment, theta), names) @ mixed.mean(moment, theta)  # to the last digits
-    J = mixed.jacobian(moment, theta)
+    theta = theta - inverse(J, names) @ mixed.mean(moment, theta)  # to the last digits
     return Solution(theta, mixed.scores(moment, theta), J, mixed.differences(moment, theta))
 
 
@@ -260,19 +259,20 @@ def _tilde(mixed: Mixed, key: str | None) -> Array:
     return out
 
 
-def _unbounded(
-    moment: Moment, mixed: Mixed, theta: Array, scale: Array, first: Array, near: bool, names: Sequence[str]
-) -> Array | None:
+def _unbounded(moment: Moment, mixed: Mixed, theta: Array, scale: Array, change: Array, near: bool) -> Array | None:
     """How much each coefficient has to do with it that the root lies at infinity, and Newton's method has gone its way.
 
     Along some direction the curvature has vanished, against what it was at first. Where the outcome is separated there is a
     root further out too: along theta itself if all rows are separated, else along that direction. Where there is none at all,
     corrected outcomes have a mean that no coefficients can give.
+
+    Args:
+        change: the Jacobian over what it was at first.
     """
-    J, X = mixed.jacobian(moment, theta), mixed.parts[0][0].get("X")
-    if X is None or X.ndim != 2 or len(theta) % X.shape[1] or not np.isfinite(J).all():
+    X = mixed.parts[0][0].get("X")
+    if X is None or X.ndim != 2 or len(theta) % X.shape[1] or not np.isfinite(change).all():
         return None
-    values, vectors = np.linalg.eig(inverse(first, names) @ J)
+    values, vectors = np.linalg.eig(change)
     if np.abs(values).min() > FLAT:
         return None
     flat = vectors[:, np.abs(values).argmin()].real

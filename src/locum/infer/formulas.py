@@ -58,7 +58,8 @@ def from_formula(
             that depend on each other: one sentence that names them.
     """
     table, parsed = read_table(data), _parsed(formula)
-    surrogates = {gold: [s] if isinstance(s, str) else list(s) for gold, s in predicted.items()}
+    surrogates = {gold: _several(names) for gold, names in predicted.items()}
+    features, fixed_effects = _several(features), _several(fixed_effects)
     variables = sorted(map(str, parsed.required_variables))
     if not surrogates:
         raise UserError("nothing is predicted: say which column holds the gold labels and which their surrogates")
@@ -290,6 +291,10 @@ def _indicators(values: Array, levels: Sequence[Any]) -> Float[Array, "rows clas
 
 def _checked(moment: Moment, y: Array, name: str) -> Array:
     return moment.outcome(y, name) if isinstance(moment, Regression) else y
+
+
+def _several(names: str | Sequence[str]) -> list[str]:
+    return [names] if isinstance(names, str) else list(names)
 
 
 def _bare(name: str) -> str:

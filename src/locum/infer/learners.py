@@ -158,11 +158,13 @@ class Sklearn(_Fitted):
             raise UserError(f"the learner {called} must have predict_proba, to predict {name}")
 
     def make(self, kind: Kind, seed: int) -> Any:
-        from sklearn.base import clone
+        from sklearn.base import clone, is_classifier
+        from sklearn.multioutput import MultiOutputRegressor
 
         made = clone(self.estimator)
         seeds = [name for name in made.get_params() if name == "random_state" or name.endswith("__random_state")]
-        return made.set_params(**dict.fromkeys(seeds, seed))
+        made = made.set_params(**dict.fromkeys(seeds, seed))
+        return MultiOutputRegressor(made) if kind == "classes" and not is_classifier(made) else made
 
 
 def learner_of(value: Any) -> Learner:
