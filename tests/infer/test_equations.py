@@ -14,14 +14,13 @@ from locum.infer.equations import (  # noqa: E402
     ConvergenceError,
     Mixed,
     collinear,
-    effects,
     grouped_sums,
     inverse,
     meat,
     sandwich,
     solve,
-    solve_within,
 )
+from locum.infer.within import effects, solve_within  # noqa: E402
 
 N = 240
 MOMENTS = {"linear": Linear(), "logistic": Logistic(), "poisson": Poisson(), "multinomial": Multinomial()}

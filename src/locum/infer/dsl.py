@@ -64,11 +64,12 @@ from jaxtyping import Bool, Float, Int
 
 from locum.errors import UserError, unknown
 from locum.infer.base import Columns, Estimator, Moment
-from locum.infer.equations import ConvergenceError, Mixed, Solution, meat, sandwich, solve, solve_within
+from locum.infer.equations import ConvergenceError, Mixed, Solution, meat, sandwich, solve
 from locum.infer.estimates import Estimates, Fit, combined
 from locum.infer.learners import Forest, Generalized, Identity, Learner, learner_of
 from locum.infer.moments import Linear, Logistic, Multinomial, Poisson
 from locum.infer.problem import Problem, from_arrays
+from locum.infer.within import solve_within
 from locum.method import require
 from locum.progress import Bar
 
