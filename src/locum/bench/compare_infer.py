@@ -96,7 +96,7 @@ class InferTask(Task):
             _ = self.worlds[DATA].truth  # read now, so that a bad file is refused now, and sent along to a worker
             for way in asked:
                 if reason := self.left_out(way, DATA):
-                    raise UserError(f"{way.text} cannot be used on {self.data}: {reason}")
+                    raise UserError(f"{way.text} cannot be used on {self.data}: it takes {reason} only")
 
     @cached_property
     def groups(self) -> tuple[str, ...]:
@@ -148,7 +148,7 @@ class InferTask(Task):
         return tuple(dict.fromkeys((BASELINE, *asked)))
 
     def left_out(self, way: Way, group: str) -> str:
-        """Why a method does not run on a group; "" when it does."""
+        """What alone a method takes that does not run on a group; "" when it does."""
         world = self.worlds[group]
         return way.unfit(world.problem(0, 0), world.moment, world.alike)
 
@@ -224,12 +224,12 @@ class InferTask(Task):
 
     def remark(self) -> str:
         """Who is left out, and what is to be known of a table of one's own."""
-        reasons: dict[str, list[str]] = {}
+        reasons: dict[tuple[str, str], list[str]] = {}
         for group in self.groups:
             for method in self.chosen:
                 if reason := self.left_out(way_of(method), group):
-                    reasons.setdefault(f"{group}: {reason}", []).append(method)
-        said = [f"Not on {where} ({', '.join(names)})." for where, names in reasons.items()]
+                    reasons.setdefault((group, reason), []).append(method)
+        said = [f"Left out on {group}: {_listed(m)}, for {reason} only." for (group, reason), m in reasons.items()]
         if not has_peer():
             said.append("ppi-python is not installed, so it is not compared.")
         if self.data is not None:
@@ -250,7 +250,7 @@ class InferTask(Task):
             return "Nothing to say yet: no regression has been run."
         whole = self.seeds * self.replications
         how = "ranges are 95 % intervals, percentages how often the worst coefficient is covered"
-        return " ".join(said) + f" Over {whole} replications; {how}."
+        return "\n".join([*said, f"Over {whole} replications; {how}."])
 
     def told(self, row: Row) -> str:
         return f"{row['method']} on {row['group']}, replications {row['seed'] * self.replications + 1} and on"

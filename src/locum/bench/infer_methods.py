@@ -3,6 +3,7 @@
 import importlib.util
 import re
 import time
+import warnings
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -85,18 +86,18 @@ class Way:
         return f"the regression on predictions of gold labels, uncorrected: {how}"
 
     def unfit(self, problem: "Problem", moment: Moment, alike: bool) -> str:
-        """Why it cannot be used on such a problem; "" when it can. `alike`: all rows have the same probability."""
+        """What alone it takes, where it cannot be used on such a problem; "" when it can. `alike`: all rows have one probability."""
         if self.name in PEERS:
             if not alike:
-                return "it is for equal probabilities"
+                return "equal probabilities"
             if type(moment).__name__ not in ("Linear", "Logistic"):
-                return "it is compared on linear and logistic regressions"
+                return "linear and logistic regressions"
             if problem.clusters is not None:
-                return "it knows no clusters"
+                return "independent rows"
         if not problem.outcome_only and self.name in (*PEERS, "weighting"):
-            return "it takes a surrogate of the outcome only"
+            return "a surrogate of the outcome"
         if self.name in (*PEERS, "naive") and any(v.stand_in is None for v in problem.predicted.values()):
-            return "the surrogate has not the gold label's values"
+            return "surrogates with the gold label's values"
         return ""
 
     def estimate(self, problem: "Problem", moment: Moment) -> dict[str, Found]:
@@ -136,7 +137,9 @@ def _ppi(problem: "Problem", moment: str, tuning: float | None) -> tuple[Array, 
     X, q, at = columns["X"], columns["y"], problem.at
     rest = np.setdiff1d(np.arange(problem.size), at)
     made = ppi_py.ppi_logistic_ci if moment == "Logistic" else ppi_py.ppi_ols_ci
-    low, high = made(X[at], problem.gold["y"], q[at], X[rest], q[rest], alpha=0.05, lam=tuning)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # what scikit-learn will rename is no news to the user
+        low, high = made(X[at], problem.gold["y"], q[at], X[rest], q[rest], alpha=0.05, lam=tuning)
     if not (np.isfinite(low).all() and np.isfinite(high).all()):
         raise ArithmeticError("its intervals are not finite")
     return low, high

@@ -40,8 +40,8 @@ def infer_part(page: Page) -> Part:
     fields = {
         "coverage": _grids(page, groups, _coverage, NOMINAL),
         "errors": _bars(page),
-        "bias": _grids(page, groups, _bias, 0.5),
-        "against": _grids(page, groups, _against, 0.5),
+        "bias": _grids(page, groups, _bias, 0.5, " level"),
+        "against": _grids(page, groups, _against, 0.5, " level"),
         "surrogate": _surrogate(groups),
         "costs": "".join(
             f"<h3>{text(name)}</h3>{html_table(page, rows, [page.measure(k) for k in COSTS])}"
@@ -55,12 +55,13 @@ def _drawn(lines: Sequence[Row]) -> Drawn:
     return drawn([line["raw"] for line in lines])
 
 
-def _grids(page: Page, groups: Groups, dots: Callable[[Sequence[Row]], list[_Dot]], line: float) -> str:
+def _grids(page: Page, groups: Groups, dots: Callable[[Sequence[Row]], list[_Dot]], line: float, kind: str = "") -> str:
     """A table per group: a row per method, a column per coefficient, in each a dot on a lane.
 
     Args:
         dots: those of one method's lines, one per coefficient.
         line: where the lanes' mark is, from 0 to 1.
+        kind: " level" where a dot that is not bad need not be good.
     """
     out = []
     for group, members in groups.items():
@@ -73,7 +74,7 @@ def _grids(page: Page, groups: Groups, dots: Callable[[Sequence[Row]], list[_Dot
             if found
         )
         head = f'<thead><tr><th scope="col"></th>{heads}</tr></thead>'
-        table = f'<table class="lanes" style="--line:{line:.1%}">{head}<tbody>{rows}</tbody></table>'
+        table = f'<table class="lanes{kind}" style="--line:{line:.1%}">{head}<tbody>{rows}</tbody></table>'
         out.append(f'<h3>{text(group)}</h3><div class="scroll">{table}</div>')
     return "".join(out) or '<p class="none">Nothing to show yet.</p>'
 
@@ -147,8 +148,8 @@ def _surrogate(groups: Groups) -> str:
     heads = {
         "share": ("share of rows", _share),
         "gold": ("gold says 1", _share),
-        "invented": ("says 1, gold 0", _share),
-        "missed": ("says 0, gold 1", _share),
+        "invented": ("says 1 for 0", _share),
+        "missed": ("says 0 for 1", _share),
         "right": ("right", _share),
         "bias": ("mean error", "{:+.3f}".format),
         "spread": ("its spread", "{:.3f}".format),
