@@ -367,6 +367,16 @@ def test_a_linear_regression_by_clusters_leaves_the_peers_out(table):
     assert not has_peer() or "Left out on data: ppi and ppi++, for independent rows only." in task.remark()
 
 
+def test_a_gold_label_may_be_an_explanatory_variable(table):
+    task = InferTask(data=table, formula="age ~ y", predicted=("y_llm",), gold="y", gold_labels=60)
+    assert type(task.worlds[DATA].moment).__name__ == "Linear"
+    assert {u.method for u in task.units()} == {"gold", "dsl", "predictions", "naive"}
+    problem = task.worlds[DATA].problem(0, 0)
+    fit = DSL(learner="identity").estimate(problem)
+    assert np.abs((fit.dsl.theta - task.worlds[DATA].truth) / fit.dsl.se).max() < 4
+    assert task.worlds[DATA].surrogate(0) == []
+
+
 # The report.
 
 

@@ -36,7 +36,7 @@ class InferTask(Task):
         formula: of your regression, with the gold column's name: "y ~ x1 + C(x2)".
         predicted: the column with the model's labels, or several such columns.
         gold: the column with gold labels; rows without one are left out.
-        moment: the regression on your table; when left out logistic where gold labels are 0 and 1, linear otherwise.
+        moment: the regression on your table; when left out logistic where it is of gold labels that are 0 and 1, linear otherwise.
         features: further columns of it to predict gold labels from.
         cluster: a column of it: errors are independent between its values only.
         gold_labels: labels that are shown, >= 20. With unequal probabilities a tenth of the rows have one, and three tenths where x2 is 1.
@@ -127,7 +127,8 @@ class InferTask(Task):
         table = table[table[self.gold].notna()]
         if not len(table):
             raise UserError(f"no row of {self.data} has a gold label in {self.gold}")
-        moment = self.moment or ("logistic" if set(table[self.gold]) <= {0, 1} else "linear")
+        of_gold = self.formula.partition("~")[0].strip() == self.gold
+        moment = self.moment or ("logistic" if of_gold and set(table[self.gold]) <= {0, 1} else "linear")
         own = OwnTable(
             table,
             self.formula,

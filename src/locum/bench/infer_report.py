@@ -16,6 +16,7 @@ __all__ = ["infer_part"]
 
 COSTS = ("gold_labels", "seconds", "fits", "failed", "width", "rmse")
 BIAS_TO = 4.0  # standard errors at which a dot of the bias leaves its lane
+ABREAST = 4  # coefficients of which a lane has room for its figure beside it
 MOST = 400  # replications that are drawn one by one
 
 
@@ -74,7 +75,8 @@ def _grids(page: Page, groups: Groups, dots: Callable[[Sequence[Row]], list[_Dot
             if found
         )
         head = f'<thead><tr><th scope="col"></th>{heads}</tr></thead>'
-        table = f'<table class="lanes{kind}" style="--line:{line:.1%}">{head}<tbody>{rows}</tbody></table>'
+        many = " many" if len(names) > ABREAST else ""
+        table = f'<table class="lanes{kind}{many}" style="--line:{line:.1%}">{head}<tbody>{rows}</tbody></table>'
         out.append(f'<h3>{text(group)}</h3><div class="scroll">{table}</div>')
     return "".join(out) or '<p class="none">Nothing to show yet.</p>'
 
