@@ -80,11 +80,10 @@ def test_more_particles_tighten_a_marginal():
     assert gaps[-1][0] > 0
 
 
-@pytest.mark.parametrize("n", [1, 3])
-def test_the_exact_posterior_as_proposal_leaves_no_variance(n):
-    q = vi.marginal("x", joint, vi.SIR(n, posterior_of_u))
-    log_zeta = jax.vmap(lambda key: q.estimate_logpdf(key, {"x": X}, S))(KEYS[:100])
-    log_xi, choices = jax.vmap(lambda key: q.random_weighted(key, S))(KEYS[:100])
+def test_the_exact_posterior_as_proposal_leaves_no_variance():
+    q = vi.marginal("x", joint, vi.SIR(3, posterior_of_u))
+    log_zeta = jax.jit(jax.vmap(lambda key: q.estimate_logpdf(key, {"x": X}, S)))(KEYS[:100])
+    log_xi, choices = jax.jit(jax.vmap(lambda key: q.random_weighted(key, S)))(KEYS[:100])
     assert np.asarray(log_zeta) == pytest.approx(np.full(100, np.log(EXACT)), abs=1e-5)
     assert np.asarray(log_xi) == pytest.approx(
         stats.norm(0, (1 + S**2) ** 0.5).logpdf(np.asarray(choices["x"])), abs=1e-5
@@ -213,9 +212,7 @@ def learnable_guide(sample, params):
     sample("z", vi.normal_reparam(params["m"], jnp.exp(params["log_s"])))
 
 
-@pytest.mark.parametrize(
-    "objective", [vi.WakeTheta(4), vi.WakePhi(4), vi.Sleep(), vi.Renyi(0.5, 3), vi.PerDatum(vi.IWELBO(2))]
-)
+@pytest.mark.parametrize("objective", [vi.WakeTheta(4), vi.WakePhi(4), vi.Sleep(), vi.PerDatum(vi.Renyi(0.5, 2))])
 def test_gradients_of_the_other_objectives(objective):
     params, data = {"t": 0.2, "m": 0.3, "log_s": -0.5}, {"x": OBSERVED}
     if isinstance(objective, vi.PerDatum):

@@ -82,12 +82,18 @@ LAWS = {
     "poisson": ((2.5,), COUNTS),
     "categorical": ((np.array([0.1, -0.3, 0.8]),), np.arange(3)),
 }
-SITES = {
-    "reparam": ("normal", "uniform", "lognormal", "exponential", "laplace", "student_t"),
-    "implicit": ("gamma", "beta"),
-    "reinforce": tuple(name for name in LAWS if name != "uniform"),  # the ends of its support move: no score
-    "enum": ("flip", "categorical"),
-    "mvd": ("normal", "flip", "poisson"),
+STRATEGIES = {
+    "normal": ("reparam", "reinforce", "mvd"),
+    "lognormal": ("reparam", "reinforce"),
+    "exponential": ("reparam", "reinforce"),
+    "laplace": ("reparam", "reinforce"),
+    "student_t": ("reparam", "reinforce"),
+    "gamma": ("implicit", "reinforce"),
+    "beta": ("implicit", "reinforce"),
+    "uniform": ("reparam",),
+    "flip": ("enum", "mvd", "reinforce"),
+    "poisson": ("mvd", "reinforce"),
+    "categorical": ("enum", "reinforce"),
 }
 
 
@@ -110,37 +116,49 @@ def exact(name):
     return jax.tree.map(lambda g: g * (grid[1] - grid[0]), grads)
 
 
-@pytest.mark.parametrize("strategy", SITES)
-def test_gradients_are_unbiased(strategy):
-    params = {name: tuple(map(jnp.asarray, LAWS[name][0])) for name in SITES[strategy]}
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("gamma",),
+        ("beta",),
+        ("student_t",),
+        ("poisson",),
+        tuple(LAWS.keys() - {"gamma", "beta", "student_t", "poisson"}),
+    ],
+    ids="-".join,
+)
+def test_gradients_are_unbiased(names):
+    """In one compiled function: strategies of one law share its draws."""
+    params = {name: tuple(map(jnp.asarray, LAWS[name][0])) for name in names}
 
     def one(key):
         found = {}
-        for name, p in params.items():
+        for name, strategy in [(law, strategy) for law in names for strategy in STRATEGIES[law]]:
             site = getattr(vi, f"{name}_{strategy}")
             program = vi.expectation(lambda sample, p, site=site: smooth(sample(site(*p)) * 1.0))
-            found[name] = program.value_and_grad(key, p)[1]
-        return found
+            found[name, strategy] = program.value_and_grad(key, params[name])[1]
+        return {" ".join(which): grad for which, grad in found.items()}
 
     grads = jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(1), 100_000))
-    for name in params:
-        for got, want in zip(grads[name], exact(name), strict=True):
+    expected = {name: exact(name) for name in names}
+    for which, grad in grads.items():
+        for got, want in zip(grad, expected[which.split()[0]], strict=True):
             got = np.asarray(got, np.float64)
             se = got.std(0) / len(got) ** 0.5
-            assert np.all(np.abs(got.mean(0) - np.asarray(want)) < 4 * se + 2e-5), (name, got.mean(0), want, se)
+            assert np.all(np.abs(got.mean(0) - np.asarray(want)) < 4 * se + 2e-5), (which, got.mean(0), want, se)
 
 
 def test_gradients_of_vectors():
     """mv_normal: E |x|^2 = |m|^2 + |L|_F^2; dirichlet: E x_0 = a_0 / sum a."""
     low = jnp.asarray(COV, jnp.float32)
-    keys = jax.random.split(jax.random.key(2), 100_000)
+    keys = jax.random.split(jax.random.key(2), 20_000)
 
     def square(sample, p):
         return jnp.sum(sample(vi.mv_normal_reparam(p[0], p[1])) ** 2)
 
     mean, factor = jax.jit(jax.vmap(lambda k: vi.expectation(square).value_and_grad(k, (jnp.ones(2), low))[1]))(keys)
-    assert np.asarray(mean).mean(0) == pytest.approx([2, 2], abs=0.03)
-    assert np.asarray(factor).mean(0) == pytest.approx(2 * COV, abs=0.06)
+    assert np.asarray(mean).mean(0) == pytest.approx([2, 2], abs=0.07)
+    assert np.asarray(factor).mean(0) == pytest.approx(2 * COV, abs=0.13)
 
     def first(sample, a):
         return sample(vi.dirichlet_implicit(a))[0]

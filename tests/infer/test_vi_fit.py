@@ -75,9 +75,8 @@ def test_it_is_plain_data_and_a_file(result, tmp_path):
     assert again.estimate.objective == result.estimate.objective
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_a_stopped_run_goes_on_bit_for_bit(optimizer, tmp_path, monkeypatch):
-    method, path = vi.ProgVI(steps=60, optimizer=optimizer, learning_rate=0.01), tmp_path / "run.safetensors"
+def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
+    method, path = vi.ProgVI(steps=60, optimizer="adam", learning_rate=0.01), tmp_path / "run.safetensors"
     whole = fit(method)
     advance, calls = vi_fit._advance, 0
 
@@ -99,7 +98,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(optimizer, tmp_path, monkeypatch):
     assert same(rest.params, whole.params)
     assert np.array_equal(rest.trace, whole.trace)
     assert rest.cost.counts["steps"] == 60
-    longer = fit(vi.ProgVI(steps=61, optimizer=optimizer, learning_rate=0.01), checkpoint=path)
+    longer = fit(vi.ProgVI(steps=61, optimizer="adam", learning_rate=0.01), checkpoint=path)
     assert np.array_equal(longer.trace[:60], whole.trace)
 
 
@@ -180,11 +179,13 @@ def test_progress_is_told(capsys):
 
 
 def test_two_objects_on_a_canvas():
-    """Presence by enumeration, places reparameterised, a minibatch of images at each step."""
+    """Presence by the score, places reparameterised, a minibatch of images at each step."""
     images = air_images(jax.random.key(0), 64)
-    method = vi.ProgVI(vi.PerDatum(), steps=100, samples=16, optimizer="adam", learning_rate=3e-3)
+    method = vi.ProgVI(vi.PerDatum(), steps=80, samples=16, optimizer="adam", learning_rate=3e-3)
     start = air_start(jax.random.key(1))
-    found = method.fit(air_model, air_guide(vi.flip_mvd), start, {"image": images}, args=(images,), progress=False)
+    found = method.fit(
+        air_model, air_guide(vi.flip_reinforce), start, {"image": images}, args=(images,), progress=False
+    )
     assert images.shape == (64, 8, 8)
     assert found.trace[-20:].mean() > found.trace[:20].mean() + 5
     value, error = found.value(draws=2000)
