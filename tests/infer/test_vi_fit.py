@@ -181,7 +181,7 @@ def test_progress_is_told(capsys):
 def test_two_objects_on_a_canvas():
     """Presence by the score, places reparameterised, a minibatch of images at each step."""
     images = air_images(jax.random.key(0), 64)
-    method = vi.ProgVI(vi.PerDatum(), steps=80, samples=16, optimizer="adam", learning_rate=3e-3)
+    method = vi.ProgVI(vi.PerDatum(), steps=80, samples=16, optimizer="adam", learning_rate=1e-2)
     start = air_start(jax.random.key(1))
     found = method.fit(
         air_model, air_guide(vi.flip_reinforce), start, {"image": images}, args=(images,), progress=False

@@ -12,11 +12,10 @@ Ordinary automatic differentiation does the rest, so jit, vmap and grad apply as
 With k(v) the run in which a site takes the value v, sg the stop-gradient, and each rule unbiased given the earlier draws, the
 whole is unbiased by the law of iterated expectations:
 
-    Reparam     S = k(g(noise; theta))                        one run, the program continuous in the draw
-    Reinforce   S = l + sg(l - b) (log p - sg log p)          one run, l = k(v)
-    Enum        S = sum_v p(v) k(v)                           one run for each value
-    MVD         S = l + D (theta - sg theta)                  one more run for each lane of a flip or a Poisson; two and one for
-                                                              each lane of a normal's mean and scale
+    Reparam     S = k(g(noise; theta))                  one run; k must be continuous in the draw
+    Reinforce   S = l + sg(l - b) (log p - sg log p)    one run; l = k(v), b a baseline
+    Enum        S = sum_v p(v) k(v)                     one run for each value
+    MVD         S = l + D (theta - sg theta)            one more run, D = c sg(k(v+) - k(v-))
 
 How a rule gets at k. A site of the last two kinds stops the program (an exception that only the engine sees), and k(v) is the
 program run again from its start with this site's value put in. Site number i draws with fold_in(key, i), so a second run
