@@ -323,6 +323,14 @@ def test_particles_of_replayed_sites_are_sites_of_the_whole():
     assert np.asarray(grad) == pytest.approx(np.full(4, 3.2), abs=1e-6)
 
 
+def test_particles_of_replayed_sites_leak_no_tracer():
+    def program(sample, p):
+        return jnp.sum(sample.iid(lambda s: s(vi.normal_reparam(p, 1.0)) * s(vi.flip_mvd(jax.nn.sigmoid(p))), 2)) ** 2
+
+    with jax.checking_leaks():
+        jax.jit(vi.expectation(program).estimate)(jax.random.key(0), 0.3)
+
+
 def test_particles_are_independent():
     def program(sample, p):
         x = sample.iid(lambda sample: (sample(vi.normal_reparam(p, 1.0)), sample(vi.uniform_reparam(p, 1.0))), 2)

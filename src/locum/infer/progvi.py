@@ -65,7 +65,7 @@ from locum.infer.densities import Density
 from locum.infer.distribution_base import Key
 from locum.infer.objectives import ELBO, Objective
 from locum.infer.programs import Program, Sampler
-from locum.infer.side_by_side import Wanted, side_by_side
+from locum.infer.side_by_side import Wanted, side_by_side, survey
 from locum.infer.strategies import Reinforce, Replayed, Site, Strategy
 from locum.infer.vi_audit import as_parameters
 from locum.infer.vi_fit import VIResult, ascend
@@ -124,7 +124,9 @@ class _Replay(Sampler):
         if index in self.forced:
             return self.forced[index]
         strategy, law = self.rules.of(site), site.distribution
-        if isinstance(strategy, Replayed) and (self.inner or not self.plain):
+        if isinstance(strategy, Replayed) and self.inner:
+            self.wanted.replays = True  # this run is a survey then, and its values do not matter
+        elif isinstance(strategy, Replayed) and not self.plain:
             raise _Stop(site, index, key)
         if index in self.noise:
             value = law.shaped(self.noise[index])
@@ -150,15 +152,14 @@ class _Replay(Sampler):
             sampler = _Replay(key, self.rules, self.plain, {}, noise, inner=True)
             return program(sampler), sampler.scores, sampler.wanted
 
-        try:
-            values, scores = side_by_side(one, key, n)
-        except _Stop:
-            self.count = start
-            runs = [program(self) for _ in range(n)]
-            return jax.tree.map(lambda *each: jnp.stack([jnp.asarray(x) for x in each]), *runs)
-        self.wanted.keys = True
-        self.scores += scores
-        return values
+        self.wanted.keys, wanted = True, survey(one, key)
+        if not wanted.replays:
+            values, scores = side_by_side(one, key, n, wanted)
+            self.scores += scores
+            return values
+        self.count = start
+        runs = [program(self) for _ in range(n)]
+        return jax.tree.map(lambda *each: jnp.stack([jnp.asarray(x) for x in each]), *runs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,7 +209,7 @@ class Expectation:
             wanted = Wanted()
             return self._run(key, {}, plain, params, args, noise, wanted), (), wanted
 
-        return side_by_side(one, key, n)[0]
+        return side_by_side(one, key, n, survey(one, key))[0]
 
     def _run(
         self,

@@ -11,15 +11,15 @@ from jax import lax, random
 
 from locum.infer.distribution_base import Distribution, Key
 
-__all__ = ["Wanted", "side_by_side"]
+__all__ = ["Wanted", "side_by_side", "survey"]
 
 
 class Wanted:
-    """What a run draws: normal noise, by site, and whether anything else that needs a key."""
+    """What a run draws: normal noise, by site; whether anything else that needs a key; and whether a site wants to be replayed."""
 
     def __init__(self) -> None:
         self.noise: dict[int, tuple[int, ...]] = {}
-        self.keys = False
+        self.keys = self.replays = False
 
     def note(self, index: int, law: Distribution) -> None:
         if law.gaussian and law.dtype == jnp.result_type(0.0):
@@ -28,11 +28,13 @@ class Wanted:
             self.keys = True
 
 
-def side_by_side(one: Callable[[Key, Mapping[int, Any]], tuple[Any, Any, Wanted]], key: Key, n: int) -> tuple[Any, Any]:
-    """n runs under vmap, the normal noise of all their sites drawn at once: small draws cost more than what is done with them.
+Runs = Callable[
+    [Key, Mapping[int, Any]], tuple[Any, Any, Wanted]
+]  # a key and noise by site -> values, scores, what it wanted
 
-    A first, abstract run tells which sites want noise; `one` is given it by site, and a key for what else it draws.
-    """
+
+def survey(one: Runs, key: Key) -> Wanted:
+    """What the runs will want: an abstract one tells."""
     wanted = Wanted()
 
     def tell(key: Key) -> Any:
@@ -41,6 +43,11 @@ def side_by_side(one: Callable[[Key, Mapping[int, Any]], tuple[Any, Any, Wanted]
         return values, scores
 
     jax.eval_shape(tell, key)
+    return wanted
+
+
+def side_by_side(one: Runs, key: Key, n: int, wanted: Wanted) -> tuple[Any, Any]:
+    """n runs under vmap, the normal noise of all their sites drawn at once: small draws cost more than what is done with them."""
     sizes = {i: math.prod(shape) for i, shape in wanted.noise.items()}
     noise_key, keys = (random.fold_in(key, 0), random.split(random.fold_in(key, 1), n)) if wanted.keys else (key, None)
     block = random.normal(noise_key, (sum(sizes.values()), n)) if sizes else jnp.zeros((0, n))
