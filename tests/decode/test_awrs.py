@@ -131,6 +131,7 @@ def test_recursive_with_a_cap_is_exact(p, allowed, rejects):
     assert m["mean"] == pytest.approx(sum(p[a] for a in allowed), abs=1e-10)
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.slow
 @pytest.mark.parametrize(("accepts", "sd"), [(2, 0.254), (4, 0.151)])
 def test_geometric_without_a_cap(accepts, sd):

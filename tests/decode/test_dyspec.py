@@ -2,10 +2,9 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise, permutations, product
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -21,14 +20,6 @@ from locum.tokens import Sampling
 
 SAMPLED = Sampling(1.0)
 Branch = tuple[int, ...]  # the tokens from the root to a node
-
-
-@pytest.fixture
-def unchecked() -> Iterator[None]:
-    """Without checks of shapes at run time, for tests that call small functions a hundred thousand times."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def branch(growth: Growth, node: int) -> Branch:

@@ -70,6 +70,7 @@ def test_the_toy_by_enumeration():
     assert LOCAL["abc"] == pytest.approx(0.634, abs=0.003)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_mean_weight_is_the_mass_of_valid_texts_and_distance_falls_with_particles():
     """Measured elsewhere: distances .673, .177, .048; mean weights .1397 +- .0019 and .1405 +- .0015."""
     far = {}
@@ -85,6 +86,7 @@ def test_mean_weight_is_the_mass_of_valid_texts_and_distance_falls_with_particle
     assert far[20] == pytest.approx(0.048, abs=0.04)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_one_particle_without_weights_is_locally_constrained_decoding():
     n, counts = 2000, {}
     for run in run_toy(AWRS(n_particles=1, weights=False), n):

@@ -2,10 +2,8 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterator
 from itertools import product
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -21,14 +19,6 @@ from locum.models import LM, tiny
 from locum.tokens import Sampling
 
 SAMPLED = Sampling(1.0)
-
-
-@pytest.fixture
-def unchecked() -> Iterator[None]:
-    """Without checks of shapes at run time, for tests that call small functions a hundred thousand times."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture

@@ -246,6 +246,7 @@ def test_ends_of_the_text_are_those_of_plain(lm, plain, nodes):
     assert kinds == {"draft", "model"}
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_50000_sampled_tokens_follow_the_law():
     """Six tokens, temperature 1: chi-square of pairs given the token before, against the exact law, p > 1e-3."""
     lm, sampling = table_lm(6, seed=3), Sampling(1.0)
