@@ -281,7 +281,7 @@ def joint_law(lm: TextLM, prompt: tuple[int, ...], length: int) -> dict[tuple[in
 def test_texts_of_two_transformers_have_the_targets_law() -> None:
     target = TextLM(tiny(vocab_size=8, hidden_size=16, seed=3, scale=0.4).model, remember=True)
     draft = TextLM(tiny(vocab_size=8, hidden_size=16, layers=1, seed=4, scale=0.4).model, remember=True)
-    drafter, rng, prompt, n = SpecTr(2, 2), np.random.default_rng(1), [1, 5], 20_000
+    drafter, rng, prompt, n = SpecTr(2, 2), np.random.default_rng(1), [1, 5], 10_000
     texts: Counter[tuple[int, ...]] = Counter()
     accepted = 0
     session, small = target.session(), draft.session()
