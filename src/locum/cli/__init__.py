@@ -19,7 +19,11 @@ COMMANDS = {
     "decode": ("decode", "Decode", "continue a text with one method"),
     "align": ("align", "Align", "train a model on preference pairs with one method"),
     "reinforce": ("reinforce", "Reinforce", "train a model on problems with checkable answers, by a recipe"),
-    "infer": ("infer", "Infer", "regressions on labels that a model made, which of them to check, and variational inference"),
+    "infer": (
+        "infer",
+        "Infer",
+        "regress on labels that a model made, draw those to check, fit a variational program",
+    ),
 }
 
 

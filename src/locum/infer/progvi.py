@@ -54,12 +54,17 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Float
 
-from locum.errors import UserError
+from locum.errors import MissingExtra, UserError
+
+try:
+    import jax
+    import jax.numpy as jnp
+    from jax import lax
+except ImportError:
+    raise MissingExtra("locum.infer.ProgVI", "vi") from None
+
 from locum.infer.base import Estimator
 from locum.infer.densities import Density
 from locum.infer.distribution_base import Key
