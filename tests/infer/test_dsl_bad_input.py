@@ -353,6 +353,7 @@ def test_names_and_formulas(args, how, said):
         (lambda: DSL(learner=Forest), "DSL.learner must be one of forest, generalized, identity or a Learner"),
         (lambda: DSL(folds=1), "DSL.folds must be >= 2, got 1"),
         (lambda: DSL(splits=0), "DSL.splits must be >= 1, got 0"),
+        (lambda: DSL(seed=-1), "DSL.seed must be >= 0, got -1"),
         (lambda: DSL(alpha=0.0), r"DSL.alpha must be in \(0, 1\), got 0"),
         (lambda: DSL(alpha=NAN), r"DSL.alpha must be in \(0, 1\), got nan"),
         (lambda: Forest(0), "Forest.trees must be >= 1, got 0"),

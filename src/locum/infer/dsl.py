@@ -110,7 +110,7 @@ class DSL(Estimator):
         splits: how often it is done anew; >= 1. The paper does it once, its software ten times.
         alpha: intervals cover with probability 1 - alpha; in (0, 1).
         normalize_prob: scale the probabilities so that their mean is the share of gold rows.
-        seed: fixes folds and learners.
+        seed: fixes folds and learners; >= 0.
     """
 
     moment: Any = "linear"
@@ -125,6 +125,7 @@ class DSL(Estimator):
         require(self, "folds", self.folds >= 2, ">= 2")
         require(self, "splits", self.splits >= 1, ">= 1")
         require(self, "alpha", 0 < self.alpha < 1, "in (0, 1)")
+        require(self, "seed", self.seed >= 0, ">= 0")
         for field, named, kind in (("moment", MOMENTS, Moment), ("learner", LEARNERS, Learner)):
             value = getattr(self, field)
             if isinstance(value, str) and value not in named:

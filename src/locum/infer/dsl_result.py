@@ -135,6 +135,8 @@ class DSLResult(Result):
     def power(self, labels: Sequence[int] | None = None) -> "pd.DataFrame":
         """Standard errors to be expected with other numbers of gold labels, drawn in the same proportions.
 
+        Probabilities are scaled as they are, past 1 too: where they are very unequal, errors for many labels come out too small.
+
         Args:
             labels: how many in all; from half to eight times the present number when left out, at most one for each row.
         """
