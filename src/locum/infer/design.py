@@ -110,11 +110,11 @@ class Design:
 
     def rows(self, values: Mapping[str, Array], at: Any) -> Columns:
         """``Problem.rows``."""
-        bare = self._seen is not None or self.outcome in self.found
-        frame = self._with(values, at) if self.moves or not bare else None
+        direct = self._seen is not None or self.outcome in self.found
+        frame = self._with(values, at) if self.moves or not direct else None
         if self._seen is not None:
             y = self._seen[at]
-        elif bare:
+        elif direct:
             y = values[self.outcome]
         else:
             y = np.asarray(self._evaluated(self.parsed.lhs, frame), dtype=float).ravel()
