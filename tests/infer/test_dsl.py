@@ -24,7 +24,7 @@ from locum.infer.base import Columns  # noqa: E402
 from locum.infer.dsl import fold_of, pseudo_outcome  # noqa: E402
 from locum.infer.equations import Mixed, solve  # noqa: E402
 from locum.infer.estimates import Estimates, combined  # noqa: E402
-from locum.infer.learners import Learner  # noqa: E402
+from locum.infer.learners import Fold, Learner  # noqa: E402
 from locum.infer.problem import design_test, from_arrays  # noqa: E402
 
 N = 300
@@ -384,9 +384,9 @@ class Memory(Learner):
 
     column: int = 1
 
-    def predict(self, features: Any, labels: Any, asked: Any, kind: Any, seed: int) -> Any:
-        known = dict(zip(features[:, self.column], labels, strict=True))
-        return np.array([known.get(key, -99.0) for key in asked[:, self.column]])
+    def predict(self, fold: Fold) -> Any:
+        known = dict(zip(fold.features[:, self.column], fold.labels, strict=True))
+        return np.array([known.get(key, -99.0) for key in fold.asked[:, self.column]])
 
 
 def test_no_row_is_predicted_from_its_own_label():

@@ -66,7 +66,7 @@ from locum.errors import UserError, unknown
 from locum.infer.base import Columns, Estimator, Moment
 from locum.infer.equations import ConvergenceError, Mixed, Solution, meat, sandwich, solve
 from locum.infer.estimates import Estimates, Fit, combined
-from locum.infer.learners import Forest, Generalized, Identity, Learner, learner_of
+from locum.infer.learners import Fold, Forest, Generalized, Identity, Learner, learner_of
 from locum.infer.moments import Linear, Logistic, Multinomial, Poisson
 from locum.infer.problem import Problem, from_arrays
 from locum.infer.within import solve_within
@@ -303,14 +303,15 @@ class DSL(Estimator):
         learner, variable, seed = self.predictor, problem.predicted[name], [self.seed, split]
         kind, labels, features = variable.kind, variable.labels, variable.features
         if isinstance(learner, Identity):
-            return learner.predict(features[problem.at], labels, features, kind, 0)
+            return learner.predict(Fold(features[problem.at], labels, features, kind, 0))
         fold = fold_of(problem, self.folds, np.random.default_rng(seed))
         out = np.empty((problem.size, *labels.shape[1:]))
         for k in range(self.folds):
             train = fold[problem.at] != k
             rows = np.flatnonzero(fold == k)
             number = int(np.random.default_rng([*seed, k]).integers(2**31))
-            out[rows] = learner.predict(features[problem.at[train]], labels[train], features[rows], kind, number)
+            here = Fold(features[problem.at[train]], labels[train], features[rows], kind, number)
+            out[rows] = learner.predict(here)
         if not np.isfinite(out).all():
             raise UserError(f"the learner's predictions of {name} must be finite, got nan or infinity")
         return out

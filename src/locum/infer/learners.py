@@ -14,10 +14,29 @@ from jaxtyping import Float, Shaped
 from locum.errors import UserError
 from locum.method import require
 
-__all__ = ["Forest", "Generalized", "Identity", "Kind", "Learner", "Sklearn", "learner_of"]
+__all__ = ["Fold", "Forest", "Generalized", "Identity", "Kind", "Learner", "Sklearn", "learner_of"]
 
 Array = np.ndarray
 Kind = Literal["number", "binary", "classes"]  # what a gold label is: a number, 0 or 1, or indicators [rows, classes]
+
+
+@dataclass(frozen=True, eq=False)
+class Fold:
+    """What a learner is asked: to predict the rows of a fold from gold rows of the others.
+
+    Args:
+        features: of the gold rows; the surrogate first, as many columns as there are classes.
+        labels: of the gold rows, [gold] or indicators [gold, classes].
+        asked: features of the rows to be predicted.
+        kind: what a label is.
+        seed: of what is random.
+    """
+
+    features: Float[Array, "gold f"]
+    labels: Shaped[Array, "gold *classes"]
+    asked: Float[Array, "rows f"]
+    kind: Kind
+    seed: int
 
 
 class Learner(ABC):
@@ -27,15 +46,8 @@ class Learner(ABC):
         """Refuse, before any work, what this learner cannot predict."""
 
     @abstractmethod
-    def predict(
-        self,
-        features: Float[Array, "gold f"],
-        labels: Shaped[Array, "gold *classes"],
-        asked: Float[Array, "rows f"],
-        kind: Kind,
-        seed: int,
-    ) -> Float[Array, "rows *classes"]:
-        """Predictions at `asked` from gold rows. The first feature is the surrogate, as many columns as there are classes."""
+    def predict(self, fold: Fold) -> Float[Array, "rows *classes"]:
+        """Predictions of the rows that are asked for, in the form of the labels."""
 
 
 class _Fitted(Learner):
@@ -45,17 +57,11 @@ class _Fitted(Learner):
     def make(self, kind: Kind, seed: int) -> Any:
         """The estimator, not fitted."""
 
-    def predict(
-        self,
-        features: Float[Array, "gold f"],
-        labels: Shaped[Array, "gold *classes"],
-        asked: Float[Array, "rows f"],
-        kind: Kind,
-        seed: int,
-    ) -> Float[Array, "rows *classes"]:
+    def predict(self, fold: Fold) -> Float[Array, "rows *classes"]:
+        features, labels, asked, kind = fold.features, fold.labels, fold.asked, fold.kind
         if (labels == labels[0]).all():  # a fold without the other class has nothing to learn from
             return np.broadcast_to(labels[0].astype(float), (len(asked), *labels.shape[1:])).copy()
-        model = self.make(kind, seed)
+        model = self.make(kind, fold.seed)
         if not hasattr(model, "predict_proba"):
             return np.asarray(model.fit(features, labels.astype(float)).predict(asked), dtype=float)
         classes = labels.argmax(1) if kind == "classes" else labels
@@ -77,15 +83,8 @@ class Identity(Learner):
                 f"the learner identity takes one surrogate of {name}, got {surrogates}: give another learner"
             )
 
-    def predict(
-        self,
-        features: Float[Array, "gold f"],
-        labels: Shaped[Array, "gold *classes"],
-        asked: Float[Array, "rows f"],
-        kind: Kind,
-        seed: int,
-    ) -> Float[Array, "rows *classes"]:
-        return asked[:, : labels.shape[1]] if labels.ndim == 2 else asked[:, 0]
+    def predict(self, fold: Fold) -> Float[Array, "rows *classes"]:
+        return fold.asked[:, : fold.labels.shape[1]] if fold.labels.ndim == 2 else fold.asked[:, 0]
 
 
 @dataclass(frozen=True)
