@@ -12,6 +12,7 @@ from scipy import stats  # noqa: E402
 
 from locum.errors import UserError  # noqa: E402
 from locum.infer import DSL, Forest, Generalized, Result  # noqa: E402
+from locum.infer.estimates import alike  # noqa: E402
 
 N = 1200
 NAN = float("nan")
@@ -207,6 +208,37 @@ def test_power_by_hand():
     whole = ((pseudo - pseudo.mean()) ** 2).mean()
     expected = np.sqrt((first / 2 + whole - first) / 400)
     assert found.power([2 * found.ngold])["Intercept"].iloc[0] == pytest.approx(expected, rel=1e-9)
+
+
+def drawn_unequally(seed, factor):
+    """As `table`, its gold labels drawn with probabilities that differ, `factor` times as large but at most 1."""
+    data = table(seed, 3000, share=1.0)
+    prob = np.minimum(factor * np.where(data["x"] > 0, 0.3, 0.05), 1.0)
+    labelled = np.random.default_rng(1000 + seed).random(3000) < prob
+    return data.assign(y=data["y"].where(labelled), p=prob)
+
+
+@pytest.mark.parametrize("factor", [2.0, 6.0, 20.0])
+def test_probabilities_that_grow_stop_at_one(factor):
+    few, many = [], []
+    for seed in range(30):
+        found = DSL("linear", "identity").fit(drawn_unequally(seed, 1.0), "y ~ x", {"y": "llm"}, prob="p")
+        after = drawn_unequally(seed, factor)
+        labels = min(round(found.ngold * after["p"].sum() / found.method.probabilities(found.problem).sum()), 3000)
+        few.append(found.power([labels])["x"].iloc[0])
+        many.append(DSL("linear", "identity").fit(after, "y ~ x", {"y": "llm"}, prob="p").bse["x"])
+    assert np.mean(few) == pytest.approx(np.mean(many), rel=0.05)
+
+
+def test_many_probabilities_are_grouped():
+    prob = np.random.default_rng(0).uniform(0.1, 1, 1000)
+    values, codes = alike(prob)
+    assert len(values) == 50
+    assert np.bincount(codes).tolist() == [20] * 50
+    assert values[codes] == pytest.approx(prob, abs=0.03)
+    assert (np.diff(values) > 0).all()
+    few, codes = alike(np.array([0.5, 0.1, 0.5]))
+    assert (few.tolist(), codes.tolist()) == ([0.1, 0.5], [1, 0, 1])
 
 
 def test_power_foretells_the_error_of_a_larger_sample():

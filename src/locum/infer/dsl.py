@@ -65,7 +65,7 @@ from jaxtyping import Bool, Float, Int
 from locum.errors import UserError, unknown
 from locum.infer.base import Columns, Estimator, Moment
 from locum.infer.equations import ConvergenceError, Mixed, Solution, meat, sandwich, solve
-from locum.infer.estimates import Estimates, Fit, combined
+from locum.infer.estimates import Estimates, Fit, alike, combined
 from locum.infer.learners import Fold, Forest, Generalized, Identity, Learner, learner_of
 from locum.infer.moments import Linear, Logistic, Multinomial, Poisson
 from locum.infer.problem import Problem, from_arrays
@@ -257,6 +257,7 @@ class DSL(Estimator):
             np.stack([d.Omega for d in done]),
             np.stack([d.Omega_1 for d in done]),
             np.stack([d.J for d in done]),
+            alike(1 / weights)[0],
             {name: np.median([d.predictions[name] for d in done], axis=0) for name in problem.predicted},
             0 if isinstance(self.predictor, Identity) else count * self.folds * len(problem.predicted),
         )
@@ -294,9 +295,9 @@ class DSL(Estimator):
         d = weights[:, None] * found.differences
         alone = _try(problem, self.estimand, lambda: Mixed(hat, ones, None, problem.at, weights))
         g = {name: values[problem.at] for name, values in g.items()}
-        return _Split(
-            _estimates(problem, found), meat(found.scores, problem.clusters), d.T @ d / problem.size, found.J, g, alone
-        )
+        groups = alike(1 / weights)[1]
+        Omega_1 = np.stack([x.T @ x for x in (d[groups == k] for k in range(groups.max() + 1))]) / problem.size
+        return _Split(_estimates(problem, found), meat(found.scores, problem.clusters), Omega_1, found.J, g, alone)
 
     def _cross_fitted(self, problem: Problem, name: str, split: int) -> Float[Array, "rows *classes"]:
         """g of every row, from gold rows in other folds than its own."""

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -135,7 +136,7 @@ class DSLResult(Result):
     def power(self, labels: Sequence[int] | None = None) -> "pd.DataFrame":
         """Standard errors to be expected with other numbers of gold labels, drawn in the same proportions.
 
-        Probabilities are scaled as they are, past 1 too: where they are very unequal, errors for many labels come out too small.
+        Probabilities keep their proportions, and none goes past 1.
 
         Args:
             labels: how many in all; from half to eight times the present number when left out, at most one for each row.
@@ -186,17 +187,35 @@ class DSLResult(Result):
         return high
 
     def _se(self, rho: float) -> Array:
-        """Standard errors with rho times the gold labels: Omega(rho) = Omega_1 / rho + (Omega - Omega_1), median over splits.
+        """Standard errors with rho times the gold labels: Omega(rho) = Omega_1(rho) + (Omega - Omega_1), median over splits.
 
-        As the difference is an estimate, it may fall below 0 for many labels; an error never falls faster than by sqrt(rho).
+        Omega_1 is a mean of (R / pi)(1 / pi)(m - mhat)(m - mhat)', where the second pi is the one to come. As the difference is
+        an estimate, it may fall below 0 for many labels; an error never falls faster than by the root of the largest growth.
         """
-        fit, N = self.fit, self.nobs
-        A = np.stack([inverse(J) for J in fit.J])
-        now = np.einsum("sij,sjk,sik->si", A, fit.Omega, A)
-        moving = np.einsum("sij,sjk,sik->si", A, fit.Omega_1, A)
-        variances = np.maximum(now + moving * (1 / rho - 1), now / max(rho, 1.0))
-        scale = self.fit.dsl.se / np.sqrt(np.median(now, axis=0) / N)  # what drawing folds anew adds
-        return scale * np.sqrt(np.median(variances, axis=0) / N)
+        now, moving = self._variances
+        grown = self._growth(rho)
+        variances = now + (moving * (1 / grown - 1)[None, :, None]).sum(1)
+        variances = np.maximum(variances, now / max(grown.max(), 1.0))
+        scale = self.fit.dsl.se / np.sqrt(np.median(now, axis=0))  # what drawing folds anew adds
+        return scale * np.sqrt(np.median(variances, axis=0))
+
+    @cached_property
+    def _variances(self) -> tuple[Array, Array]:
+        """Of each split: N times the coefficients' variances [splits, p], and Omega_1's part of them by probability."""
+        A = np.stack([inverse(J) for J in self.fit.J])
+        now = np.einsum("sij,sjk,sik->si", A, self.fit.Omega, A)
+        return now, np.einsum("sij,sujk,sik->sui", A, self.fit.Omega_1, A)
+
+    def _growth(self, rho: float) -> Array:
+        """By how much each probability grows with rho times the labels: as much as the others, until it is 1."""
+        prob, most = self.method.probabilities(self.problem), 1 / self.fit.prob
+        if rho <= 1 or prob.max() * rho <= 1:
+            return np.full(len(most), rho)
+        wanted, low, high = min(rho * prob.sum(), len(prob)), rho, 1 / prob.min()
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if np.minimum(middle * prob, 1).sum() < wanted else (low, middle)
+        return np.maximum(np.minimum(high, most), 1.0)
 
     def check(self) -> Check:
         """Whether the gold rows look drawn with the probabilities given, and how well predictions stand in for gold labels.

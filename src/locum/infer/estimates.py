@@ -4,11 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
-__all__ = ["Estimates", "Fit", "combined"]
+__all__ = ["Estimates", "Fit", "alike", "combined"]
 
 Array = np.ndarray
+GROUPS = 50  # probabilities that are told apart
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,8 +32,9 @@ class Fit:
     Args:
         dsl: the estimates.
         baselines: those of simpler ways, by name.
-        Omega, Omega_1, J: per split, for `DSLResult.power`: the whole middle of the sandwich, its part that shrinks with more
-            gold labels, and the Jacobian.
+        Omega, J: per split: the middle of the sandwich, and the Jacobian.
+        Omega_1: per split, for `DSLResult.power`: the part of Omega that shrinks with more gold labels, by their probability.
+        prob: these probabilities, ascending.
         predictions: predicted variable -> g at the gold rows, median over splits.
         fits: how many predictors were fitted.
     """
@@ -40,10 +42,23 @@ class Fit:
     dsl: Estimates
     baselines: Mapping[str, Estimates]
     Omega: Float[Array, "splits p p"]
-    Omega_1: Float[Array, "splits p p"]
+    Omega_1: Float[Array, "splits k p p"]
     J: Float[Array, "splits p p"]
+    prob: Float[Array, " k"]
     predictions: Mapping[str, Array]
     fits: int
+
+
+def alike(prob: Float[Array, " gold"]) -> tuple[Float[Array, " k"], Int[Array, " gold"]]:
+    """Rows grouped by their probability: the groups' probabilities, ascending, and which of them each row is in.
+
+    Where there are more than `GROUPS` different ones, neighbours go together under their mean.
+    """
+    values, codes = np.unique(prob, return_inverse=True)
+    if len(values) > GROUPS:
+        codes = np.argsort(np.argsort(prob, kind="stable"), kind="stable") * GROUPS // len(prob)
+        values = np.bincount(codes, prob) / np.bincount(codes)
+    return values, codes.astype(np.int64)
 
 
 def combined(splits: Sequence[Estimates]) -> Estimates:
