@@ -1,6 +1,7 @@
 """Distributions of programs that shift and scale noise: normals of every kind, Laplace, Student's t."""
 
 import math
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -41,11 +42,13 @@ class _LocationScale(Distribution):
         z = (jnp.asarray(value) - self.loc) / self.scale
         return jnp.sum(self._log_density(z) - jnp.log(self.scale))
 
+    @abstractmethod
     def _noise(self, key: Key, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-        raise NotImplementedError
+        """A draw at loc 0 and scale 1."""
 
+    @abstractmethod
     def _log_density(self, z: jax.Array) -> jax.Array:
-        raise NotImplementedError
+        """The log-density at loc 0 and scale 1, lane by lane."""
 
 
 class _Gaussian(Distribution):
