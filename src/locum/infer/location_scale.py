@@ -34,17 +34,9 @@ class _LocationScale(Distribution):
     def shape(self) -> tuple[int, ...]:
         return floating(self.loc, self.scale)[1]
 
-    def sample(self, key: Key) -> jax.Array:
-        dtype, shape = floating(self.loc, self.scale)
-        return self.loc + self.scale * self._noise(key, shape, dtype)
-
     def log_prob(self, value: ArrayLike) -> jax.Array:
         z = (jnp.asarray(value) - self.loc) / self.scale
         return jnp.sum(self._log_density(z) - jnp.log(self.scale))
-
-    @abstractmethod
-    def _noise(self, key: Key, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-        """A draw at loc 0 and scale 1."""
 
     @abstractmethod
     def _log_density(self, z: jax.Array) -> jax.Array:
@@ -101,8 +93,9 @@ class Laplace(_LocationScale):
 
     name: ClassVar[str] = "laplace"
 
-    def _noise(self, key: Key, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-        return random.laplace(key, shape, dtype)
+    def sample(self, key: Key) -> jax.Array:
+        dtype, shape = floating(self.loc, self.scale)
+        return self.loc + self.scale * random.laplace(key, shape, dtype)
 
     def _log_density(self, z: jax.Array) -> jax.Array:
         return -jnp.abs(z) - math.log(2)
