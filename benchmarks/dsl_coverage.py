@@ -18,13 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ppi_py import ppi_logistic_ci
 from scipy.stats import binomtest
 
 from locum.bench.machine import environment
 from locum.infer import DSL
 from locum.progress import Bar
 from locum.tasks.annotations import Simulation
+
+try:
+    from ppi_py import ppi_logistic_ci
+except ImportError:
+    raise SystemExit("this needs the peer: pip install ppi-python") from None
 
 ACCURACIES = (0.80, 0.85, 0.90)
 NAMES = ("Intercept", "x1", "x2")

@@ -21,10 +21,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import statsmodels.api as sm
-from ppi_py import ppi_logistic_ci, ppi_ols_ci
 
 from locum.bench.machine import environment
 from locum.infer import DSL
+
+try:
+    from ppi_py import ppi_logistic_ci, ppi_ols_ci
+except ImportError:
+    raise SystemExit("this needs the peer: pip install ppi-python") from None
 
 Data = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 

@@ -324,3 +324,9 @@ def test_the_forest_is_of_use(data):
         for learner in ("forest", "generalized")
     }
     assert errors["forest"] < 0.85 * errors["generalized"]
+
+
+def test_a_summary_says_when_nothing_was_fitted(data):
+    found = DSL("logistic", "identity").fit(data, "y ~ x", {"y": "llm"})
+    assert "none fitted" in str(found.summary())
+    assert found.cost.counts["fitted predictors"] == 0

@@ -60,7 +60,7 @@ def _head(result: Any, figures: Any) -> list[list[str]]:
     right = {
         "No. Observations:": f"{result.nobs:,}",
         "Gold labels:": f"{result.ngold:,}",
-        "Folds x splits:": f"{result.method.folds} x {len(result.fit.J)}",
+        "Folds x splits:": f"{result.method.folds} x {len(result.fit.J)}" if result.fit.fits else "none fitted",
         "Design p-value:": f"{figures['design_p']:.3f}",
         "Worth of a label:": "" if worth is None else f"{worth:.2f}",
     }
