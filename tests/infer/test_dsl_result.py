@@ -330,3 +330,10 @@ def test_a_summary_says_when_nothing_was_fitted(data):
     found = DSL("logistic", "identity").fit(data, "y ~ x", {"y": "llm"})
     assert "none fitted" in str(found.summary())
     assert found.cost.counts["fitted predictors"] == 0
+
+
+def test_a_check_of_estimated_probabilities_says_that_it_is_weak(data):
+    how = {"formula": "y ~ x", "predicted": {"y": "llm"}}
+    known, estimated = (DSL("logistic", "identity").fit(data, **how, prob=p).check().text for p in (None, "estimate"))
+    assert "says little" in estimated
+    assert "says little" not in known

@@ -235,7 +235,8 @@ class DSLResult(Result):
         )
         worth = figures["labels_worth"]
         more = f"; one gold label does the work of {worth:.2f} used alone" if worth is not None else ""
-        return Check(p >= SUSPICIOUS, said + more, figures)
+        fitted = "; as these were fitted to the very rows, that says little" if problem.estimated else ""
+        return Check(p >= SUSPICIOUS, said + fitted + more, figures)
 
     def _stand_in_figures(self) -> dict[str, Any]:
         """How much of gold labels' variation predictions and surrogates explain, and what a gold label gains by it."""

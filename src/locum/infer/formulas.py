@@ -108,6 +108,7 @@ def from_formula(
         outcome=outcome,
         levels=design.levels,
         outcome_only=not design.moves and outcome in found,
+        estimated=estimated,
         clusters=_codes(table[cluster]) if cluster else None,
         effects=groups,
         notes=tuple(filter(None, notes)),

@@ -67,6 +67,7 @@ class Problem:
         names: of the coefficients [p].
         outcome: the outcome's name. levels: its classes.
         outcome_only: whether nothing but the outcome is predicted, and that as it is, not some function of it.
+        estimated: whether `prob` was estimated from the same rows.
         clusters, effects: codes [N] of clusters, and of each kind of fixed effect.
         notes: what was done to the data.
         explanatory: the columns of a table that X is made of.
@@ -81,6 +82,7 @@ class Problem:
     outcome: str = "y"
     levels: tuple[Any, ...] = ()
     outcome_only: bool = True
+    estimated: bool = False
     clusters: Int[Array, " rows"] | None = None
     effects: tuple[Int[Array, " rows"], ...] = ()
     notes: tuple[str, ...] = ()
@@ -189,6 +191,7 @@ def from_arrays(
         prob=probabilities(prob, is_gold, np.column_stack([*blocks.values(), *extra])),
         names=names,
         outcome_only=set(Q) == {"y"},
+        estimated=isinstance(prob, str),
         clusters=np.unique(given["clusters"], return_inverse=True)[1].astype(np.int64) if "clusters" in given else None,
     )
 
